@@ -1,0 +1,6 @@
+"""Communication-efficient distributed training, as Optax transformations."""
+
+from jaxdist.state import PerWorker as PerWorker
+from jaxdist.state import local as local
+from jaxdist.state import specs as specs
+from jaxdist.state import stacked as stacked

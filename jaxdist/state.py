@@ -1,0 +1,130 @@
+"""State that differs between workers, and how it looks from outside.
+
+All transforms are written from one worker's point of view. What differs
+between workers sits in :class:`PerWorker`: inside a worker it holds that
+worker's value, outside it holds all workers' values, stacked along a leading
+axis that is sharded over the workers' mesh axis. All other leaves are the same
+on every worker.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+from jax.sharding import PartitionSpec
+
+Resize = Literal['mean', 'split']
+
+
+@dataclasses.dataclass(frozen=True)
+class PerWorker:
+  """A subtree whose value differs between workers.
+
+  Attributes:
+    value: a pytree of arrays. In the worker view, this worker's; outside, all
+      workers', with a leading worker axis.
+    resize: what becomes of it when the number of workers changes. ``'mean'``
+      keeps the mean over the workers, as residuals and drifting parameters
+      need (integers, such as step counters, are the same on all workers and
+      stay). ``'split'``: the workers hold consecutive rows of one array, which
+      is cut anew. ``None``: it cannot be resized, and restoring it for another
+      number of workers is refused.
+  """
+
+  value: Any
+  resize: Resize | None = 'mean'
+
+
+jax.tree_util.register_dataclass(
+  PerWorker, data_fields=['value'], meta_fields=['resize']
+)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Drifts:
+  """A leafless mark in the state of a transform whose parameters drift.
+
+  :func:`jaxdist.init` looks for it and keeps the parameters of such a
+  transform one copy for each worker, through any Optax wrapper around it.
+  """
+
+
+def is_per_worker(node: Any) -> bool:
+  """Whether ``node`` is a :class:`PerWorker`: an ``is_leaf`` predicate."""
+  return isinstance(node, PerWorker)
+
+
+def map_per_worker(per_worker, shared, tree: Any) -> Any:
+  """Maps leaves inside and outside of :class:`PerWorker` differently.
+
+  Args:
+    per_worker: applied to each array inside a :class:`PerWorker`.
+    shared: applied to each other array.
+    tree: any pytree.
+
+  Returns:
+    A tree of the same structure.
+  """
+
+  def visit(node):
+    if is_per_worker(node):
+      return dataclasses.replace(
+        node, value=jax.tree.map(per_worker, node.value)
+      )
+    return shared(node)
+
+  return jax.tree.map(visit, tree, is_leaf=is_per_worker)
+
+
+def specs(tree: Any, axis: str) -> Any:
+  """PartitionSpecs of a state, as seen from outside the workers.
+
+  Args:
+    tree: a state, or any pytree that may contain :class:`PerWorker`.
+    axis: name of the mesh axis that the workers lie along.
+
+  Returns:
+    A tree of the same structure: ``P(axis)`` for per-worker leaves, ``P()`` for
+    all others.
+
+  Examples:
+    >>> import jaxdist as jd
+    >>> jd.specs({'w': 1.0, 'residual': jd.PerWorker(2.0)}, 'data')
+    {'residual': PerWorker(value=PartitionSpec('data',), resize='mean'),
+     'w': PartitionSpec()}
+  """
+  return map_per_worker(
+    lambda _: PartitionSpec(axis), lambda _: PartitionSpec(), tree
+  )
+
+
+def local(tree: Any) -> Any:
+  """The worker view of a state inside ``shard_map``: drops the worker axis.
+
+  Args:
+    tree: a state whose per-worker leaves are shards of shape ``(1, ...)``.
+
+  Returns:
+    The tree with per-worker leaves of shape ``(...)``.
+  """
+  return map_per_worker(lambda x: x[0], lambda x: x, tree)
+
+
+def stacked(tree: Any) -> Any:
+  """The inverse of :func:`local`: puts the worker axis back.
+
+  Args:
+    tree: a state in the worker view.
+
+  Returns:
+    The tree with per-worker leaves of shape ``(1, ...)``, ready to leave
+    ``shard_map`` with ``out_specs=jd.specs(tree, axis)``.
+  """
+  return map_per_worker(lambda x: x[None], lambda x: x, tree)
+
+
+def drifts(tree: Any) -> bool:
+  """Whether a state belongs to a transform whose parameters drift."""
+  is_mark = lambda node: isinstance(node, Drifts)
+  return any(map(is_mark, jax.tree.leaves(tree, is_leaf=is_mark)))

@@ -1,0 +1,1 @@
+"""What a step really sends, read from its compiled program."""

@@ -1,5 +1,8 @@
 """Communication-efficient distributed training, as Optax transformations."""
 
+from jaxdist.accounting import Collective as Collective
+from jaxdist.accounting import Traffic as Traffic
+from jaxdist.accounting import traffic as traffic
 from jaxdist.communicators import Communicator as Communicator
 from jaxdist.communicators import gossip as gossip
 from jaxdist.communicators import low_rank_mean as low_rank_mean

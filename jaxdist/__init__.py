@@ -13,6 +13,7 @@ from jaxdist.compressors import global_top_k as global_top_k
 from jaxdist.compressors import identity as identity
 from jaxdist.compressors import quantize as quantize
 from jaxdist.compressors import top_k as top_k
+from jaxdist.outer import diloco as diloco
 from jaxdist.outer import local_sgd as local_sgd
 from jaxdist.state import PerWorker as PerWorker
 from jaxdist.state import local as local

@@ -18,12 +18,12 @@ class Packed:
   """Small unsigned integers, packed without gaps into 32-bit words.
 
   Attributes:
-    words: the packed bits, a row of words for each block.
+    words: the packed bits, ``(blocks, words)``, a row for each block.
     bits: width of each number in bits.
     count: how many numbers each row holds.
   """
 
-  words: UInt32[Array, 'blocks words']
+  words: Any  # JAX rebuilds trees with other leaves, such as shapes and specs.
   bits: int
   count: int
 
@@ -58,9 +58,10 @@ class Compressor:
     decode: ``payload -> x``.
     block_size: numbers in a block, a multiple of 128; ``None`` if one block is
       to hold the whole tree.
-    contraction: the largest known :math:`\\delta` with :math:`E\\|x - D(E(x))\\|^2
-      \\le (1 - \\delta) \\|x\\|^2` for all x. Feedback needs it positive; it is
-      negative for unbiased codes whose noise exceeds the signal.
+    contraction: the largest known :math:`\\delta` with :math:`E\\|x -
+      D(E(x))\\|^2 \\le (1 - \\delta) \\|x\\|^2` for all x. Feedback needs it
+      positive; it is negative for unbiased codes whose noise exceeds the
+      signal.
     unbiased: whether :math:`E[D(E(x))] = x`.
     linear: whether payloads may be summed before decoding.
     seeded: for codes that need randomness shared by all workers (which

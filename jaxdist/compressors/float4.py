@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxdist.compressors.base import Compressor, Packed
 from jaxdist.compressors.checks import call, check_block_size
 from jaxdist.compressors.quantize import Scaled
-from jaxdist.kernels.quantize.reference import TINY
+from jaxdist.kernels.numbers import largest_magnitude, relative
 
 # Added to a float's bits, carries into the exponent if the mantissa is above
 # the square root of two: the exponent is then the rounded binary logarithm.
@@ -60,8 +60,8 @@ def float4(*, block_size: int = 1024) -> Compressor:
 
   def encode(x, key):
     del key
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), TINY)
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x) / scale, jnp.int32)
+    scale = largest_magnitude(x)
+    bits = jax.lax.bitcast_convert_type(relative(jnp.abs(x), scale), jnp.int32)
     exponent = ((bits + ROUND_LOG) >> 23) - 127
     codes = jnp.clip(exponent + 7, 0, 7) + 8 * (x < 0)
     return Scaled(Packed.pack(codes.astype(jnp.uint32), 4), scale)

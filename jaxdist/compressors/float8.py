@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxdist.compressors.base import Compressor, Packed
 from jaxdist.compressors.checks import call, check_block_size
 from jaxdist.compressors.quantize import Scaled
-from jaxdist.kernels.quantize.reference import TINY
+from jaxdist.kernels.numbers import TINY, largest_magnitude
 
 LARGEST = 448.0  # Of float8_e4m3fn.
 
@@ -50,8 +50,7 @@ def float8(*, block_size: int = 1024) -> Compressor:
 
   def encode(x, key):
     del key
-    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-    scale = jnp.maximum(largest / LARGEST, TINY)
+    scale = jnp.maximum(largest_magnitude(x) / LARGEST, TINY)
     codes = (x / scale).astype(jnp.float8_e4m3fn)
     codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
     return Scaled(Packed.pack(codes.astype(jnp.uint32), 8), scale)

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float32
 from jaxdist.compressors.base import Compressor
 from jaxdist.compressors.checks import call, check_block_size
 from jaxdist.compressors.quantize import stochastic_contraction
+from jaxdist.kernels.numbers import largest_magnitude, relative, uniform
 from jaxdist.kernels.pack import api as packing
-from jaxdist.kernels.quantize.reference import TINY, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,8 @@ def ternary(*, block_size: int = 1024) -> Compressor:
   check_block_size(block_size)
 
   def encode(x, key):
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), TINY)
-    kept = uniform(key, x.shape) < jnp.abs(x) / scale
+    scale = largest_magnitude(x)
+    kept = uniform(key, x.shape) < relative(jnp.abs(x), scale)
     trits = jnp.where(kept, jnp.where(x < 0, 2, 1), 0).astype(jnp.uint32)
     return Ternary(Trits(packing.pack_trits(trits), x.shape[1]), scale)
 

@@ -9,9 +9,17 @@ from jaxdist.communicators import low_rank_mean as low_rank_mean
 from jaxdist.communicators import mean as mean
 from jaxdist.communicators import partition as partition
 from jaxdist.compressors import Compressor as Compressor
+from jaxdist.compressors import chained as chained
+from jaxdist.compressors import float4 as float4
+from jaxdist.compressors import float8 as float8
 from jaxdist.compressors import global_top_k as global_top_k
 from jaxdist.compressors import identity as identity
+from jaxdist.compressors import natural as natural
 from jaxdist.compressors import quantize as quantize
+from jaxdist.compressors import random_k as random_k
+from jaxdist.compressors import rotated as rotated
+from jaxdist.compressors import sign as sign
+from jaxdist.compressors import ternary as ternary
 from jaxdist.compressors import top_k as top_k
 from jaxdist.outer import diloco as diloco
 from jaxdist.outer import local_sgd as local_sgd

@@ -59,7 +59,9 @@ def test_rotation_flips_signs_then_multiplies():
   flips = rotated[:, 0] / plain[:, 0]
   assert set(np.round(flips)) == {-1.0, 1.0}
   np.testing.assert_allclose(rotated, flips[:, None] * plain, atol=1e-6)
-  np.testing.assert_allclose(rotation.unrotate(jnp.asarray(rotated), key), basis, atol=1e-6)
+  np.testing.assert_allclose(
+    rotation.unrotate(jnp.asarray(rotated), key), basis, atol=1e-6
+  )
 
 
 def test_bad_arguments():

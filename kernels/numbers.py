@@ -13,7 +13,11 @@ def largest_magnitude(
   x: Float32[Array, 'rows size'],
 ) -> Float32[Array, 'rows 1']:
   """The largest magnitude in each row; NaN if there is one."""
-  return jnp.max(jnp.abs(x), axis=1, keepdims=True)
+  # As integers: bit patterns of magnitudes are in order, with NaN at the top.
+  # XLA:CPU's float maximum loses a NaN where rows are batched by vmap.
+  bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
+  top = jnp.max(bits, axis=1, keepdims=True)
+  return jax.lax.bitcast_convert_type(top, jnp.float32)
 
 
 def relative(

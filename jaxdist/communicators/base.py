@@ -144,7 +144,6 @@ def over_leaves(
       # A sum over one worker moves nothing; it marks the result as agreed.
       agreed = jax.lax.psum(tree, axis) if agrees else tree
       return agreed, jax.tree.map(to_float32, tree), state
-    check_not_reduced(tree, axis)
     results, sents, state = exchange(
       [leaf.astype(jnp.float32) for leaf in leaves], state
     )

@@ -102,7 +102,7 @@ def local_steps(
         'params must be given where parameters drift: '
         'tx.update(updates, state, params).'
       )
-    state.layout.check(updates)
+    base.check_updates(updates, state.layout, meeting.axis)
     finite = base.all_finite(updates)
     steps, inner_state = inner.update(
       updates, state.inner.value, params, **extra_args

@@ -7,7 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdist.communicators.base import Communicator, exchanged_leaves
+from jaxdist.communicators.base import (
+  Communicator,
+  check_not_reduced,
+  exchanged_leaves,
+)
 
 
 @jax.tree_util.register_static
@@ -53,6 +57,12 @@ class Layout:
           f'given to init: updates{path} was {describe(old)} at init and is '
           f'{describe(new)} now.'
         )
+
+
+def check_updates(updates: optax.Updates, layout: Layout, axis: str) -> None:
+  """Raises if updates changed since init, or were reduced before."""
+  layout.check(updates)
+  check_not_reduced(updates, axis)
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -69,7 +69,7 @@ def communicate(communicator: Communicator) -> optax.GradientTransformation:
 
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args
-    state.layout.check(updates)
+    base.check_updates(updates, state.layout, communicator.axis)
     mean, _, comm_state = communicator.exchange(updates, state.communicator)
     finite = base.all_finite(mean)
     return base.where(

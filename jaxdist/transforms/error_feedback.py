@@ -88,7 +88,7 @@ def error_feedback(
 
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args
-    state.layout.check(updates)
+    base.check_updates(updates, state.layout, communicator.axis)
     mean, residual, comm_state = exchange_with_feedback(
       communicator, updates, state.residual, state.communicator, decay
     )

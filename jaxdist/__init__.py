@@ -1,5 +1,6 @@
 """Communication-efficient distributed training, as Optax transformations."""
 
+from jaxdist.resize import resize as resize
 from jaxdist.state import PerWorker as PerWorker
 from jaxdist.state import local as local
 from jaxdist.state import specs as specs

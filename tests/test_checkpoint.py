@@ -401,8 +401,8 @@ def test_what_a_killed_save_leaves_is_ignored_and_removed(tmp_path):
   shutil.copytree(tmp_path / '1', tmp_path / '2.orbax-checkpoint-tmp')
   assert jd.latest_step(tmp_path) == 1
   jd.restore(tmp_path, {'w': jnp.ones(2)})
-  jd.save(tmp_path, 2, {'w': jnp.ones(2)})
-  assert sorted(os.listdir(tmp_path)) == ['1', '2']
+  jd.save(tmp_path, 3, {'w': jnp.ones(2)})
+  assert sorted(os.listdir(tmp_path)) == ['1', '3']
 
 
 def start(script, *args):

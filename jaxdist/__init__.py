@@ -3,6 +3,10 @@
 from jaxdist.accounting import Collective as Collective
 from jaxdist.accounting import Traffic as Traffic
 from jaxdist.accounting import traffic as traffic
+from jaxdist.checkpoint import checkpoint_metadata as checkpoint_metadata
+from jaxdist.checkpoint import latest_step as latest_step
+from jaxdist.checkpoint import restore as restore
+from jaxdist.checkpoint import save as save
 from jaxdist.communicators import Communicator as Communicator
 from jaxdist.communicators import gossip as gossip
 from jaxdist.communicators import low_rank_mean as low_rank_mean
@@ -23,10 +27,13 @@ from jaxdist.compressors import ternary as ternary
 from jaxdist.compressors import top_k as top_k
 from jaxdist.outer import diloco as diloco
 from jaxdist.outer import local_sgd as local_sgd
+from jaxdist.resize import resize as resize
 from jaxdist.state import PerWorker as PerWorker
 from jaxdist.state import local as local
 from jaxdist.state import specs as specs
 from jaxdist.state import stacked as stacked
+from jaxdist.sync import OutOfSyncError as OutOfSyncError
+from jaxdist.sync import assert_in_sync as assert_in_sync
 from jaxdist.training import TrainState as TrainState
 from jaxdist.training import init as init
 from jaxdist.training import mean_params as mean_params

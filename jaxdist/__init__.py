@@ -1,6 +1,26 @@
 """Communication-efficient distributed training, as Optax transformations."""
 
+from jaxdist.accounting import Collective as Collective
+from jaxdist.accounting import Traffic as Traffic
+from jaxdist.accounting import traffic as traffic
+from jaxdist.communicators import Communicator as Communicator
+from jaxdist.communicators import gossip as gossip
+from jaxdist.communicators import low_rank_mean as low_rank_mean
+from jaxdist.communicators import mean as mean
+from jaxdist.communicators import partition as partition
+from jaxdist.compressors import Compressor as Compressor
+from jaxdist.compressors import global_top_k as global_top_k
+from jaxdist.compressors import identity as identity
+from jaxdist.compressors import quantize as quantize
+from jaxdist.compressors import top_k as top_k
+from jaxdist.outer import local_sgd as local_sgd
 from jaxdist.state import PerWorker as PerWorker
 from jaxdist.state import local as local
 from jaxdist.state import specs as specs
 from jaxdist.state import stacked as stacked
+from jaxdist.training import TrainState as TrainState
+from jaxdist.training import init as init
+from jaxdist.training import mean_params as mean_params
+from jaxdist.training import train_step as train_step
+from jaxdist.transforms import communicate as communicate
+from jaxdist.transforms import error_feedback as error_feedback

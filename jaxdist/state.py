@@ -90,9 +90,9 @@ def specs(tree: Any, axis: str) -> Any:
 
   Examples:
     >>> import jaxdist as jd
-    >>> jd.specs({'w': 1.0, 'residual': jd.PerWorker(2.0)}, 'data')
-    {'residual': PerWorker(value=PartitionSpec('data',), resize='mean'),
-     'w': PartitionSpec()}
+    >>> specs = jd.specs({'w': 1.0, 'residual': jd.PerWorker(2.0)}, 'data')
+    >>> tuple(specs['w']), tuple(specs['residual'].value)
+    ((), ('data',))
   """
   return map_per_worker(
     lambda _: PartitionSpec(axis), lambda _: PartitionSpec(), tree

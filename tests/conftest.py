@@ -1,14 +1,8 @@
-"""Eight CPU devices for all tests."""
+"""Meshes for the tests."""
 
 import jax
 import pytest
 from jax.sharding import AxisType
-
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 8)
-# Several steps in flight on few cores can make a collective's rendezvous time
-# out, which aborts the process.
-jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
 @pytest.fixture(scope='session')

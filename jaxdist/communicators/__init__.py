@@ -1,0 +1,7 @@
+"""How one tree a worker becomes the tree that each worker goes on with."""
+
+from jaxdist.communicators.base import Communicator as Communicator
+from jaxdist.communicators.gossip import gossip as gossip
+from jaxdist.communicators.low_rank import low_rank_mean as low_rank_mean
+from jaxdist.communicators.mean import mean as mean
+from jaxdist.communicators.partition import partition as partition

@@ -23,7 +23,7 @@ class Packed:
     count: how many numbers each row holds.
   """
 
-  words: UInt32[Array, 'blocks words']
+  words: Any  # UInt32[Array, 'blocks words'], or what stands for it in a tree.
   bits: int
   count: int
 
@@ -44,7 +44,7 @@ jax.tree_util.register_dataclass(
 
 @dataclasses.dataclass(frozen=True)
 class Compressor:
-  """A code for the rows (blocks) of a float32 matrix.
+  r"""A code for the rows (blocks) of a float32 matrix.
 
   ``encode`` and ``decode`` are pure functions on any number of blocks of any
   length. They send nothing; a communicator sends the payload. Zero decodes to
@@ -58,9 +58,9 @@ class Compressor:
     decode: ``payload -> x``.
     block_size: numbers in a block, a multiple of 128; ``None`` if one block is
       to hold the whole tree.
-    contraction: the largest known :math:`\\delta` with :math:`E\\|x - D(E(x))\\|^2
-      \\le (1 - \\delta) \\|x\\|^2` for all x. Feedback needs it positive; it is
-      negative for unbiased codes whose noise exceeds the signal.
+    contraction: the largest known :math:`d` with :math:`E|x - D(E(x))|^2 \le
+      (1 - d) |x|^2` for all x. Feedback needs at least 0; it is negative for
+      unbiased codes whose noise can exceed the signal.
     unbiased: whether :math:`E[D(E(x))] = x`.
     linear: whether payloads may be summed before decoding.
     seeded: for codes that need randomness shared by all workers (which

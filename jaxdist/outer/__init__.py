@@ -1,0 +1,3 @@
+"""Loops that let workers drift and bring them back."""
+
+from jaxdist.outer.local_sgd import local_sgd as local_sgd

@@ -1,0 +1,4 @@
+"""Optax transforms that own a communicator."""
+
+from jaxdist.transforms.communicate import communicate as communicate
+from jaxdist.transforms.error_feedback import error_feedback as error_feedback

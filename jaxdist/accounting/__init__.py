@@ -1,0 +1,5 @@
+"""What a step really sends, read from its compiled program."""
+
+from jaxdist.accounting.program import traffic as traffic
+from jaxdist.accounting.table import Collective as Collective
+from jaxdist.accounting.table import Traffic as Traffic

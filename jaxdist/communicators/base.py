@@ -1,0 +1,171 @@
+"""What a communicator is, and what every one of them checks."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdist.communicators import collectives
+
+Leaves = list[Float[Array, '...']]
+
+
+@dataclasses.dataclass(frozen=True)
+class Communicator:
+  """How one tree a worker becomes the tree that each worker goes on with.
+
+  ``init`` and ``exchange`` run in the worker view, where ``axis`` is bound.
+  ``exchange`` is collective: all workers call it together.
+
+  Attributes:
+    name: how it was made, for reports.
+    axis: the axis (or axes, comma-separated) that it sends along.
+    init: ``(tree, feedback) -> state``. ``tree`` gives shapes. With
+      ``feedback`` the state also holds what a second encoding drops.
+    exchange: ``(tree, state) -> (result, sent, state)``. ``result`` is what the
+      worker goes on with; ``sent`` (float32) is what this worker's own
+      contribution decoded to, which feedback needs.
+    bytes_sent: ``(tree, workers) -> bytes`` that a worker sends in one exchange
+      along a ring; the compiled program sends the same.
+    contraction: the smallest contraction of the codes in it.
+    unbiased: whether every code in it is unbiased.
+    agrees: whether ``result`` is the same on all workers.
+  """
+
+  name: str
+  axis: str
+  init: Callable[..., Any]
+  exchange: Callable[[Any, Any], tuple[Any, Any, Any]]
+  bytes_sent: Callable[[Any, int], float]
+  contraction: float = 1.0
+  unbiased: bool = True
+  agrees: bool = True
+
+  def __repr__(self) -> str:
+    return self.name
+
+
+def is_exchanged(leaf: Any) -> bool:
+  """Whether a leaf holds numbers at all: empty leaves pass by."""
+  return leaf.size > 0
+
+
+def exchanged_leaves(tree: Any, what: str = 'updates') -> list[Any]:
+  """The leaves of a tree that are exchanged, in order.
+
+  Args:
+    tree: arrays, or shapes and dtypes.
+    what: how to call the tree in an error.
+
+  Returns:
+    Leaves that are not empty.
+
+  Raises:
+    ValueError: if there are no leaves at all.
+    TypeError: if a leaf is not real floating point.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  if not leaves:
+    raise ValueError(f'{what} must have at least one leaf, got {tree!r}.')
+  for path, leaf in leaves:
+    if is_exchanged(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise TypeError(
+        f'{what} must be real floating point to be averaged; '
+        f'{what}{jax.tree_util.keystr(path)} is {leaf.dtype}.'
+      )
+  return [leaf for _, leaf in leaves if is_exchanged(leaf)]
+
+
+def check_not_reduced(tree: Any, axis: str) -> None:
+  """Raises if a leaf is known to be the same on all workers already."""
+  if not collectives.is_tracked(axis):
+    return
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if is_exchanged(leaf) and not collectives.varies(leaf, axis):
+      raise ValueError(
+        f'updates must differ between the workers of axis {axis!r}, but '
+        f'updates{jax.tree_util.keystr(path)} is already the same on all: it '
+        f'was reduced before, and compressing it would save nothing. Inside '
+        f'jax.shard_map, jax.grad with respect to replicated parameters '
+        f'reduces; differentiate with respect to '
+        f"jax.lax.pcast(params, {axis!r}, to='varying')."
+      )
+
+
+def over_leaves(
+  name: str,
+  axis: str,
+  init: Callable[[list[jax.ShapeDtypeStruct], bool], Any],
+  exchange: Callable[[Leaves, Any], tuple[Leaves, Leaves, Any]],
+  bytes_sent: Callable[[list[jax.ShapeDtypeStruct], int], float],
+  *,
+  contraction: float,
+  unbiased: bool,
+  agrees: bool = True,
+) -> Communicator:
+  """Makes a communicator from functions on a list of float32 leaves.
+
+  Adds what all communicators share: the checks, one worker (nothing is sent and
+  nothing is lost), leaves without numbers (they pass by), and the way from and
+  to the tree and its dtypes.
+
+  Args:
+    name: see :class:`Communicator`.
+    axis: see :class:`Communicator`.
+    init: ``(shapes, feedback) -> state``.
+    exchange: ``(leaves, state) -> (results, sents, state)``.
+    bytes_sent: ``(shapes, workers) -> bytes``, for at least two workers.
+    contraction: see :class:`Communicator`.
+    unbiased: see :class:`Communicator`.
+    agrees: see :class:`Communicator`.
+
+  Returns:
+    The communicator.
+  """
+
+  def shapes_of(tree):
+    return [
+      jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+      for leaf in exchanged_leaves(tree)
+    ]
+
+  def init_fn(tree, feedback=False):
+    return init(shapes_of(tree), feedback)
+
+  def exchange_fn(tree, state):
+    leaves = exchanged_leaves(tree)
+    to_float32 = lambda leaf: (
+      leaf.astype(jnp.float32) if is_exchanged(leaf) else leaf
+    )
+    if collectives.axis_size(axis) == 1:
+      # A sum over one worker moves nothing; it marks the result as agreed.
+      agreed = jax.lax.psum(tree, axis) if agrees else tree
+      return agreed, jax.tree.map(to_float32, tree), state
+    check_not_reduced(tree, axis)
+    results, sents, state = exchange(
+      [leaf.astype(jnp.float32) for leaf in leaves], state
+    )
+    put = lambda new, dtype=None: jax.tree.map(
+      lambda leaf: (
+        next(new).astype(dtype or leaf.dtype) if is_exchanged(leaf) else leaf
+      ),
+      tree,
+    )
+    return put(iter(results)), put(iter(sents), jnp.float32), state
+
+  def bytes_fn(tree, workers):
+    return bytes_sent(shapes_of(tree), workers) if workers > 1 else 0.0
+
+  return Communicator(
+    name,
+    axis,
+    init_fn,
+    exchange_fn,
+    bytes_fn,
+    contraction=contraction,
+    unbiased=unbiased,
+    agrees=agrees,
+  )

@@ -1,0 +1,163 @@
+"""The mean over workers through a low-rank factorisation: PowerSGD."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from jaxdist.communicators import base
+
+
+class LowRankMeanState(NamedTuple):
+  """State of :func:`low_rank_mean`; the same on all workers.
+
+  Attributes:
+    count: exchanges so far; seeds fresh columns.
+    bases: for each factored leaf the right factor of the last exchange, from
+      which the next power iteration starts.
+  """
+
+  count: Int32[Array, '']
+  bases: list[Float[Array, 'cols rank']]
+
+
+def low_rank_mean(axis: str, rank: int, *, seed: int = 0) -> base.Communicator:
+  r"""The mean of matrices, each sent as its part in a shared subspace.
+
+  One step of a power iteration, warm-started from the last exchange:
+
+  .. math::
+
+    P = \operatorname{orth}\Big(\frac1W \sum_i M_i Q\Big), \qquad
+    Q_i' = M_i^\top P, \qquad \bar M = P \Big(\frac1W\sum_i Q_i'\Big)^\top
+
+  and this worker's contribution is :math:`P Q_i'^\top`. Leaves with more than
+  two dimensions are matrices of their last dimension; leaves that the factors
+  would not make smaller (vectors, small matrices) travel whole in the first
+  sum. **On the wire:** two float32 all-reduces, of ``rank * rows`` and ``rank *
+  columns`` numbers for each factored leaf. Factors are linear, so nothing is
+  encoded twice. A column of Q that vanished (a leaf whose gradient was zero) is
+  drawn anew.
+
+  Args:
+    axis: name of the axis that the workers lie along.
+    rank: columns of the factors, at least 1.
+    seed: of the first and of fresh columns.
+
+  Returns:
+    A :class:`Communicator`; biased, made for feedback.
+
+  Raises:
+    ValueError: if ``rank`` is below 1.
+
+  Examples:
+    >>> import jaxdist as jd
+    >>> params = {'w': jnp.zeros((512, 256)), 'b': jnp.zeros(256)}
+    >>> jd.low_rank_mean('data', rank=4).bytes_sent(params, workers=2)
+    13312.0
+
+  References:
+    Vogels et al, `PowerSGD <https://arxiv.org/abs/1905.13727>`_, 2019,
+    algorithms 1 and 2
+  """
+  if not isinstance(rank, int) or rank < 1:
+    raise ValueError(f'rank must be an integer of at least 1, got {rank!r}.')
+
+  def init(shapes, feedback):
+    del feedback  # One linear encoding: the caller's residual has it all.
+    zeros = [
+      jnp.zeros((_matrix_shape(s)[1], rank), jnp.float32)
+      for s in shapes
+      if _is_factored(s, rank)
+    ]
+    return LowRankMeanState(jnp.zeros((), jnp.int32), zeros)
+
+  def exchange(leaves, state):
+    factored = [_is_factored(leaf, rank) for leaf in leaves]
+    matrices = [
+      leaf.reshape(_matrix_shape(leaf))
+      for leaf, is_factored in zip(leaves, factored, strict=True)
+      if is_factored
+    ]
+    whole = [
+      leaf
+      for leaf, is_factored in zip(leaves, factored, strict=True)
+      if not is_factored
+    ]
+    key = jax.random.fold_in(jax.random.key(seed), state.count)
+    keys = jax.random.split(key, max(1, len(matrices)))
+    starts = map(_with_fresh_columns, state.bases, keys)
+    products = [m @ q for m, q in zip(matrices, starts, strict=False)]
+
+    *products, means = _fused_mean([*products, whole], axis)  # the wire
+    left = [jnp.linalg.qr(p)[0] for p in products]
+    own = [m.T @ p for m, p in zip(matrices, left, strict=True)]
+    right = _fused_mean(own, axis)  # the wire
+
+    def merged(rights, others):
+      outer = (p @ q.T for p, q in zip(left, rights, strict=True))
+      others = iter(others)
+      return [
+        next(outer).reshape(leaf.shape) if is_factored else next(others)
+        for leaf, is_factored in zip(leaves, factored, strict=True)
+      ]
+
+    state = LowRankMeanState(state.count + 1, right)
+    return merged(right, means), merged(own, whole), state
+
+  def bytes_sent(shapes, workers):
+    numbers = sum(
+      rank * sum(_matrix_shape(s))
+      if _is_factored(s, rank)
+      else math.prod(s.shape)
+      for s in shapes
+    )
+    return 2 * 4 * numbers * (workers - 1) / workers
+
+  return base.over_leaves(
+    f'low_rank_mean({axis!r}, rank={rank})',
+    axis,
+    init,
+    exchange,
+    bytes_sent,
+    contraction=0.0,  # A projection never expands; nothing more is certain.
+    unbiased=False,
+  )
+
+
+def _matrix_shape(leaf):
+  if leaf.ndim < 2:
+    return (math.prod(leaf.shape), 1)
+  return (math.prod(leaf.shape[:-1]), leaf.shape[-1])
+
+
+def _is_factored(leaf, rank):
+  rows, cols = _matrix_shape(leaf)
+  return rank * (rows + cols) < rows * cols
+
+
+def _with_fresh_columns(q, key):
+  """Replaces columns without direction, as all are at the first exchange."""
+  vanished = jnp.sum(q * q, axis=0) == 0
+  return jnp.where(vanished, jax.random.normal(key, q.shape), q)
+
+
+def _fused_mean(tree, axis):
+  """The mean over workers of all leaves, in one all-reduce."""
+  leaves, treedef = jax.tree.flatten(tree)
+  if not leaves:
+    return tree
+  flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+  mean = jax.lax.psum(flat, axis) / jax.lax.axis_size(axis)
+  ends = [0]
+  for leaf in leaves:
+    ends.append(ends[-1] + leaf.size)
+  return jax.tree.unflatten(
+    treedef,
+    [
+      mean[a:b].reshape(leaf.shape)
+      for a, b, leaf in zip(ends, ends[1:], leaves, strict=False)
+    ],
+  )

@@ -1,0 +1,290 @@
+"""A training step over all workers, on a mesh or simulated on one device."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int32
+
+from jaxdist import state as worker_state
+from jaxdist.communicators import collectives
+from jaxdist.state import PerWorker
+from jaxdist.transforms.base import all_finite, where
+
+
+class TrainState(NamedTuple):
+  """All that a training step changes.
+
+  Attributes:
+    params: the parameters; in a :class:`jaxdist.PerWorker` if the transform
+      lets them drift.
+    opt_state: the transform's state.
+    step: steps so far. The same on all workers.
+    skipped: steps dropped for a non-finite gradient; in a
+      :class:`jaxdist.PerWorker` if parameters drift, since a worker then drops
+      local steps on its own.
+  """
+
+  params: Any
+  opt_state: optax.OptState
+  step: Int32[Array, '']
+  skipped: Any
+
+
+def init(
+  tx: optax.GradientTransformation,
+  params: optax.Params,
+  *,
+  axis: str,
+  mesh: Mesh | None = None,
+  workers: int | None = None,
+) -> TrainState:
+  """Makes the state of a training run, placed on the workers.
+
+  Args:
+    tx: a transform that owns a communicator along ``axis``.
+    params: the parameters, the same for all workers. Shapes and dtypes
+      (``jax.ShapeDtypeStruct``) give the state's shapes, dtypes and shardings.
+    axis: name of the axis that the workers lie along.
+    mesh: the devices; one worker for each position along ``axis``.
+    workers: instead of ``mesh``, so many simulated workers on one device.
+
+  Returns:
+    The state, of global arrays: per-worker leaves have a leading worker axis,
+    sharded over ``axis``.
+
+  Raises:
+    ValueError: if not exactly one of ``mesh`` and ``workers`` is given, or the
+      mesh has no such axis.
+
+  Examples:
+    >>> import jaxdist as jd
+    >>> tx = optax.chain(jd.error_feedback(jd.mean('data', jd.sign())),
+    ...                  optax.sgd(0.1))
+    >>> state = jd.init(tx, jnp.zeros(3), axis='data', workers=4)
+    >>> state.opt_state[0].residual.value.shape
+    (4, 3)
+  """
+  _check_workers(mesh, workers, axis)
+
+  def worker_init(params):
+    opt_state = tx.init(params)
+    zero = jnp.zeros((), jnp.int32)
+    if worker_state.drifts(opt_state):
+      own = collectives.vary((params, zero), axis)
+      return TrainState(PerWorker(own[0]), opt_state, zero, PerWorker(own[1]))
+    return TrainState(params, opt_state, zero, zero)
+
+  count = workers if mesh is None else mesh.shape[axis]
+  shapes = jax.eval_shape(
+    jax.vmap(worker_init, None, 0, axis_name=axis, axis_size=count), params
+  )
+  if mesh is None:
+    run = jax.vmap(
+      worker_init, None, _vmap_axes(shapes), axis_name=axis, axis_size=count
+    )
+  else:
+    run = _on_mesh(worker_init, PartitionSpec(), shapes, mesh, axis)
+  if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+    return _abstract(jax.eval_shape(run, params), mesh, axis)
+  if mesh is not None:
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+  return jax.jit(run)(params)
+
+
+def train_step(
+  loss_fn: Callable[[optax.Params, Any], jax.Array],
+  tx: optax.GradientTransformation,
+  *,
+  axis: str,
+  mesh: Mesh | None = None,
+  workers: int | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+  r"""Makes a compiled step: each worker's gradient, then ``tx``, then the sum.
+
+  Each worker differentiates the loss of its own part of the batch and gives
+  the gradient to ``tx``, which communicates. **On the wire:** what ``tx``
+  sends, and one int32 all-reduce by which all workers drop a step together if
+  the gradient of one is not finite: parameters, residuals and momenta then stay
+  as they were. Where parameters drift, a worker drops such a step by itself,
+  and nothing but what ``tx`` sends is sent.
+
+  Args:
+    loss_fn: from parameters and one worker's batch to a scalar loss.
+    tx: a transform that owns a communicator along ``axis``.
+    axis: name of the axis that the workers lie along.
+    mesh: the devices, as for :func:`init`.
+    workers: instead of ``mesh``, so many simulated workers on one device.
+
+  Returns:
+    A jitted function ``(state, batch) -> (state, metrics)``. It donates the
+    state. ``batch`` is a pytree of arrays whose leading axis is divided among
+    the workers. ``metrics`` holds, one number for each worker so that it costs
+    no exchange, ``loss`` and ``skipped`` (steps dropped so far): take the mean
+    where you print it.
+
+  Raises:
+    ValueError: as :func:`init`; when called, if a batch cannot be divided, or
+      updates or state differ between workers that should not.
+
+  Examples:
+    >>> import jaxdist as jd
+    >>> tx = optax.chain(jd.communicate(jd.mean('data')), optax.sgd(0.5))
+    >>> loss = lambda w, x: jnp.mean((w - x) ** 2)
+    >>> state = jd.init(tx, jnp.array(0.0), axis='data', workers=2)
+    >>> step = jd.train_step(loss, tx, axis='data', workers=2)
+    >>> state, metrics = step(state, jnp.array([1.0, 3.0]))
+    >>> state.params, metrics['loss']
+    (Array(2., dtype=float32), Array([1., 9.], dtype=float32))
+  """
+  _check_workers(mesh, workers, axis)
+  count = workers if mesh is None else mesh.shape[axis]
+
+  def worker_step(state, batch):
+    drifting = isinstance(state.params, PerWorker)
+    params = state.params.value if drifting else state.params
+    loss, grads = jax.value_and_grad(loss_fn)(
+      collectives.vary(params, axis), batch
+    )
+    bad = jnp.where(all_finite(grads), 0, 1)
+    updates, opt_state = tx.update(grads, state.opt_state, params)
+    if drifting:
+      new = TrainState(
+        PerWorker(optax.apply_updates(params, updates)),
+        opt_state,
+        state.step + 1,
+        PerWorker(state.skipped.value + bad),
+      )
+      skipped = new.skipped.value
+    else:
+      bad = jax.lax.psum(bad, axis) > 0  # the wire
+      _check_shared(updates, axis, 'updates')
+      new = TrainState(
+        optax.apply_updates(params, updates),
+        opt_state,
+        state.step,
+        state.skipped,
+      )
+      new = where(bad, state, new)._replace(
+        step=state.step + 1, skipped=state.skipped + bad
+      )
+      skipped = new.skipped
+    metrics = {'loss': loss, 'skipped': skipped}
+    return new, jax.tree.map(PerWorker, collectives.vary(metrics, axis))
+
+  def step(state, batch):
+    _check_batch(batch, count)
+    metrics_like = dict.fromkeys(('loss', 'skipped'), PerWorker(0))
+    if mesh is None:
+      axes = _vmap_axes(state)
+      run = jax.vmap(
+        worker_step, (axes, 0), (axes, _vmap_axes(metrics_like)), axis_name=axis
+      )
+      batch = jax.tree.map(
+        lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch
+      )
+    else:
+      if is_explicit:
+        batch = jax.sharding.reshard(batch, batch_sharding)
+      in_specs = (worker_state.specs(state, axis), PartitionSpec(axis))
+      run = _on_mesh(worker_step, in_specs, (state, metrics_like), mesh, axis)
+    state, metrics = run(state, batch)
+    return state, {name: node.value for name, node in metrics.items()}
+
+  if mesh is None:
+    return jax.jit(step, donate_argnums=0)
+  batch_sharding = NamedSharding(mesh, PartitionSpec(axis))
+  is_explicit = AxisType.Explicit in mesh.axis_types
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=None if is_explicit else (None, batch_sharding),
+  )
+
+
+def mean_params(state: TrainState) -> optax.Params:
+  """The parameters to evaluate: the mean over workers where they drift.
+
+  Args:
+    state: of a training run.
+
+  Returns:
+    Parameters without a worker axis, in their own dtype.
+  """
+  if not isinstance(state.params, PerWorker):
+    return state.params
+  mean = lambda x: jnp.mean(x, axis=0, dtype=jnp.float32).astype(x.dtype)
+  return jax.jit(lambda tree: jax.tree.map(mean, tree))(state.params.value)
+
+
+def _on_mesh(fn, in_specs, out_like, mesh, axis):
+  """Worker-view code over a mesh; ``PerWorker`` says what is placed where."""
+
+  def worker_fn(*args):
+    return worker_state.stacked(fn(*map(worker_state.local, args)))
+
+  return jax.shard_map(
+    worker_fn,
+    mesh=mesh,
+    in_specs=in_specs,
+    out_specs=worker_state.specs(out_like, axis),
+    axis_names={axis},
+  )
+
+
+def _vmap_axes(tree):
+  return worker_state.map_per_worker(lambda _: 0, lambda _: None, tree)
+
+
+def _abstract(shapes, mesh, axis):
+  """Shapes with the shardings that the arrays will have."""
+  if mesh is None:
+    return shapes
+  return jax.tree.map(
+    lambda x, spec: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+    ),
+    shapes,
+    worker_state.specs(shapes, axis),
+  )
+
+
+def _check_workers(mesh, workers, axis):
+  if (mesh is None) == (workers is None):
+    raise ValueError(
+      f'give either mesh (real devices) or workers (simulated on one device), '
+      f'got mesh={mesh!r} and workers={workers!r}.'
+    )
+  if mesh is not None and axis not in mesh.axis_names:
+    raise ValueError(
+      f'axis must be one of the axes of the mesh, {mesh.axis_names}, got '
+      f'{axis!r}.'
+    )
+  if workers is not None and workers < 1:
+    raise ValueError(f'workers must be at least 1, got {workers}.')
+
+
+def _check_batch(batch, count):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+    if leaf.ndim < 1 or leaf.shape[0] % count:
+      raise ValueError(
+        f'the leading axis of a batch must be divisible by the number of '
+        f'workers, {count}: batch{jax.tree_util.keystr(path)} has shape '
+        f'{leaf.shape}.'
+      )
+
+
+def _check_shared(tree, axis, what):
+  if not collectives.is_tracked(axis):
+    return
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if collectives.varies(leaf, axis):
+      raise ValueError(
+        f'{what} must be the same on all workers of axis {axis!r}, but '
+        f'{what}{jax.tree_util.keystr(path)} differs: tx has no communicator '
+        f'along this axis. Put one first, as in '
+        f'optax.chain(jd.communicate(jd.mean({axis!r})), ...).'
+      )

@@ -1,0 +1,95 @@
+"""What every transform that owns a communicator checks."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdist.communicators.base import Communicator, exchanged_leaves
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Structure, shapes and dtypes that a transform was made for.
+
+  A node without leaves: it travels in the state and costs nothing.
+
+  Attributes:
+    leaves: path, shape and dtype of each leaf.
+  """
+
+  leaves: tuple[tuple[str, tuple[int, ...], str], ...]
+
+  @classmethod
+  def of(cls, tree: Any) -> 'Layout':
+    """The layout of a tree of arrays, or of shapes and dtypes."""
+    return cls(
+      tuple(
+        (jax.tree_util.keystr(path), tuple(leaf.shape), str(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+      )
+    )
+
+  def check(self, updates: optax.Updates) -> None:
+    """Raises if updates are not shaped as the params were at ``init``.
+
+    Raises:
+      ValueError: naming the first leaf that differs.
+    """
+    now = Layout.of(updates)
+    if now == self:
+      return
+    before = {path: rest for path, *rest in self.leaves}
+    after = {path: rest for path, *rest in now.leaves}
+    for path in [*before, *after]:
+      old, new = before.get(path), after.get(path)
+      if old != new:
+        describe = lambda x: f'{x[1]}{list(x[0])}' if x else 'missing'
+        raise ValueError(
+          f'updates must have the structure, shapes and dtypes of the params '
+          f'given to init: updates{path} was {describe(old)} at init and is '
+          f'{describe(new)} now.'
+        )
+
+
+def all_finite(tree: Any) -> jax.Array:
+  """Whether all numbers of a tree are finite."""
+  finite = [jnp.all(jnp.isfinite(x)) for x in exchanged_leaves(tree)]
+  return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
+
+
+def where(condition: jax.Array, new: Any, old: Any) -> Any:
+  """``new`` if a scalar condition holds, else ``old``, leaf by leaf."""
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def check_communicator(communicator: Communicator, *, agrees: bool) -> None:
+  """Raises if an argument is no communicator, or of the wrong kind."""
+  if not isinstance(communicator, Communicator):
+    raise ValueError(
+      f'communicator must be a jd.Communicator such as jd.mean(axis, code), '
+      f'got {communicator!r}.'
+    )
+  if agrees and not communicator.agrees:
+    raise ValueError(
+      f'communicator must give all workers the same result, and '
+      f'{communicator!r} does not. Where parameters may drift, use '
+      f'jd.local_sgd.'
+    )
+
+
+def check_feedback(communicator: Communicator, decay: float) -> None:
+  """Raises if feedback through a communicator cannot stay bounded."""
+  if not 0 < decay <= 1:
+    raise ValueError(f'decay must be in (0, 1], got {decay}.')
+  if communicator.contraction < 0:
+    raise ValueError(
+      f'feedback needs a code that contracts, '
+      f'|x - D(E(x))|^2 <= |x|^2; {communicator!r} can be as bad as '
+      f'{1 - communicator.contraction:.3g} |x|^2, and its residual would grow '
+      f'without bound. It is unbiased: use it without feedback '
+      f'(jd.communicate, or feedback=False).'
+    )

@@ -1,0 +1,1 @@
+"""Packing of small unsigned integers into 32-bit words, without gaps."""

@@ -16,10 +16,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-import flax
 import jax
 import methods
 import numpy as np
@@ -180,15 +180,16 @@ def train(
   tx = chosen.build(AXIS, schedule)
   state = jd.init(tx, params, **place.arguments())
   step_fn = jd.train_step(loss_fn, tx, **place.arguments())
-  evaluate = jax.jit(loss_fn)
+  step_fn = step_fn.lower(state, place.put(batches[0])).compile()
+  evaluate = jax.jit(lambda state, rows: loss_fn(jd.mean_params(state), rows))
 
   if place.mesh is not None:
-    traffic = jd.traffic(step_fn, state, place.put(batches[0]))
+    traffic = jd.traffic(step_fn)
   else:
     counted = place._replace(mesh=place.counted_on)
     traffic = jd.traffic(
       jd.train_step(loss_fn, tx, **counted.arguments()),
-      jd.init(tx, params, **counted.arguments()),
+      jd.init(tx, jax.eval_shape(lambda: params), **counted.arguments()),
       counted.put(batches[0]),
     )
 
@@ -215,12 +216,13 @@ def train(
       'loss': loss if math.isfinite(loss) else None,
       'bytes_sent': round((index + 1) * traffic.bytes_a_step),
       'step_seconds': time.perf_counter() - began,
+      'skipped': int(np.max(metrics['skipped'])),
       'seconds': before + time.perf_counter() - started,
     }
     last = index + 1 == config.steps
     evaluated = last or (index + 1) % config.every_eval == 0
     if evaluated:
-      line['val_loss'] = float(evaluate(jd.mean_params(state), held_out))
+      line['val_loss'] = float(evaluate(state, held_out))
     run.lines.append(line)
     stop = watch(line)
     if folder:
@@ -332,12 +334,15 @@ def settings(config: Config, data: text.Text) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
   """What ran."""
-  modules = (jd, jax, flax, optax)
-  return {
+  found = {
     'python': platform.python_version(),
     'platform': platform.platform(),
-    **{module.__name__: module.__version__ for module in modules},
   }
+  for name in ('jaxdist', 'jax', 'flax', 'optax'):
+    # It can also run from a checkout.
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      found[name] = metadata.version(name)
+  return found
 
 
 def main() -> None:

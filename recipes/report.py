@@ -104,25 +104,38 @@ def write(path, runs: list[Run], title: str, facts: dict[str, Any]) -> None:
     title: one line of text.
     facts: settings and versions to list.
   """
+  senders = [run for run in runs if run.traffic.bytes_a_step]
+  bars = sum(len(collectives(run)) for run in senders)
+  nothing = '<p>No run sends anything.</p>'
   text = PAGE.format(
     title=html.escape(title),
     summary=html.escape(summary(runs)),
-    units=html.escape(UNITS),
     table=html_table(COLUMNS, rows(runs)),
-    over_steps=over_steps(runs),
-    over_bytes=over_bytes(runs),
-    by_collective=by_collective(runs),
+    units=html.escape(UNITS),
+    window=window(runs[0]),
+    over_steps=svg(draw_over_steps, runs, 'Loss over steps'),
+    over_bytes=svg(draw_over_bytes, senders, 'Loss over bytes sent')
+    if senders
+    else nothing,
+    by_collective=svg(
+      draw_by_collective, senders, 'Bytes by collective', 0.7 + 0.38 * bars
+    )
+    if senders
+    else nothing,
     collectives=html_table(
-      ('run', 'collective', 'arrays', 'bytes a step'),
+      ('run and collective', 'arrays', 'bytes a step'),
       [
-        (run.name, name, str(count), size(sent))
+        (f'{run.name}: {name}', str(count), f'{sent:,.0f}')
         for run in runs
         for name, (count, sent) in collectives(run).items()
       ],
     ),
     facts=html_table(
       ('setting', 'value'),
-      [(name, json.dumps(value)) for name, value in facts.items()],
+      [
+        (name, value if isinstance(value, str) else json.dumps(value))
+        for name, value in facts.items()
+      ],
     ),
   )
   path.write_text(text, encoding='utf-8')
@@ -184,18 +197,15 @@ def smooth(losses: list[float | None], width: int) -> np.ndarray:
 def draw_losses(axes, runs: list[Run], x: str) -> None:
   """Training losses as thin lines, validation losses as marked ones."""
   for run, color in zip(runs, COLORS, strict=False):
-    width = max(1, len(run.lines) // 40)
+    training = smooth([line['loss'] for line in run.lines], window(run))
     # A page does not show more points than this.
     stride = max(1, len(run.lines) // 1000)
     axes.plot(
       [line[x] for line in run.lines][::stride],
-      smooth([line['loss'] for line in run.lines], width)[::stride],
+      training[::stride],
       color=color,
-      alpha=0.45,
+      alpha=0.5,
       linewidth=1,
-      label=f'{run.name}, training (mean of {width} steps)'
-      if width > 1
-      else f'{run.name}, training',
     )
     evaluated = [line for line in run.lines if 'val_loss' in line]
     axes.plot(
@@ -205,41 +215,40 @@ def draw_losses(axes, runs: list[Run], x: str) -> None:
       marker='o',
       markersize=4,
       linewidth=1.8,
-      label=f'{run.name}, validation',
+      label=run.name,
     )
+    # The first drop is not what differs.
+    axes.set_ylim(top=training[len(training) // 20] + 0.1)
   axes.set_ylabel('loss (nats a byte)')
-  axes.legend(frameon=False)
+  axes.legend(
+    loc='lower left', bbox_to_anchor=(0, 1), ncols=len(runs), frameon=False
+  )
 
 
-def over_steps(runs: list[Run]) -> str:
-  figure, axes = new_figure()
+def window(run: Run) -> int:
+  """Over how many steps a training loss is averaged."""
+  return max(1, len(run.lines) // 40)
+
+
+def draw_over_steps(axes, runs: list[Run]) -> None:
   draw_losses(axes, runs, 'step')
   axes.set_xlabel('step')
-  return svg(figure, 'loss over steps')
 
 
-def over_bytes(runs: list[Run]) -> str:
-  sending = [run for run in runs if run.traffic.bytes_a_step]
-  if not sending:
-    return '<p>No run sends anything.</p>'
-  figure, axes = new_figure()
-  draw_losses(axes, sending, 'bytes_sent')
+def draw_over_bytes(axes, runs: list[Run]) -> None:
+  draw_losses(axes, runs, 'bytes_sent')
   axes.set_xscale('log')
   axes.xaxis.set_major_formatter(lambda value, _: size(value))
   axes.set_xlabel('sent by each worker so far')
-  return svg(figure, 'loss over bytes sent')
 
 
-def by_collective(runs: list[Run]) -> str:
+def draw_by_collective(axes, runs: list[Run]) -> None:
   bars = [
     (f'{run.name}: {name}', sent, color)
     for run, color in zip(runs, COLORS, strict=False)
     for name, (_, sent) in collectives(run).items()
     if sent
   ]
-  if not bars:
-    return '<p>No run sends anything.</p>'
-  figure, axes = new_figure(0.7 + 0.38 * len(bars))
   names, sent, colors = zip(*bars, strict=True)
   drawn = axes.barh(range(len(bars)), sent, color=colors, height=0.65)
   axes.bar_label(drawn, [size(count) for count in sent], padding=4)
@@ -250,7 +259,6 @@ def by_collective(runs: list[Run]) -> str:
   axes.xaxis.set_major_formatter(lambda value, _: size(value))
   axes.grid(False, axis='y')
   axes.tick_params(axis='y', length=0)
-  return svg(figure, 'bytes by collective')
 
 
 STYLE = {
@@ -263,24 +271,20 @@ STYLE = {
   'axes.spines.top': False,
   'axes.spines.right': False,
   'axes.grid': True,
+  'axes.axisbelow': True,
   'grid.color': TEXT,
   'grid.alpha': 0.12,
-  'svg.fonttype': 'path',
 }
 
 
-def new_figure(height: float = 4.0):
-  # A figure made without pyplot needs no display and no backend.
-  with matplotlib.rc_context(STYLE):
-    figure = Figure(figsize=(8, height), layout='constrained')
-    return figure, figure.subplots()
-
-
-def svg(figure: Figure, label: str) -> str:
-  """The figure as an SVG element that takes the page's text colour."""
+def svg(draw, runs: list[Run], label: str, height: float = 4.0) -> str:
+  """What ``draw`` draws, as an SVG element in the page's text colour."""
   file = io.StringIO()
   # Names inside differ between the figures of a page, not between reports.
   with matplotlib.rc_context({**STYLE, 'svg.hashsalt': label}):
+    # A figure made without pyplot needs no display and no backend.
+    figure = Figure(figsize=(8, height), layout='constrained')
+    draw(figure.subplots(), runs)
     figure.savefig(file, format='svg', transparent=True)
   text = file.getvalue()
   text = text[text.index('<svg') :]
@@ -332,6 +336,7 @@ PAGE = """<!doctype html>
   }}
   th {{ color: var(--quiet); font-weight: 600; }}
   th:first-child, td:first-child {{ padding-left: 0; text-align: left; }}
+  .facts :is(th, td) {{ text-align: left; }}
   .facts td:last-child {{ white-space: normal; overflow-wrap: anywhere; }}
   .units {{ margin-top: .5rem; font-size: .85rem; }}
   figure + .scroll {{ margin-top: 1rem; }}
@@ -341,12 +346,13 @@ PAGE = """<!doctype html>
 {table}
 <p class="units">{units}</p>
 <h2>Loss over steps</h2>
+<p>Marked: validation. Thin: training, mean of {window} steps.</p>
 <figure>{over_steps}</figure>
 <h2>Loss over bytes sent by each worker</h2>
 <figure>{over_bytes}</figure>
 <h2>Bytes a worker sends in a step, by collective</h2>
 <p>Read from the compiled program, as a ring algorithm sends them. A collective
-that runs every few steps counts for its share.</p>
+that runs every few steps counts for its share. Mind the logarithmic scale.</p>
 <figure>{by_collective}</figure>
 {collectives}
 <h2>Settings and versions</h2>

@@ -18,7 +18,7 @@ class Packed:
   """Small unsigned integers, packed without gaps into 32-bit words.
 
   Attributes:
-    words: the packed bits, a row of words for each block.
+    words: the packed bits, ``(blocks, words)``, a row for each block.
     bits: width of each number in bits.
     count: how many numbers each row holds.
   """

@@ -1,0 +1,1 @@
+"""Random rotation of rows by Walsh-Hadamard matrices."""

@@ -1,0 +1,1 @@
+"""Signs and mean magnitude of rows."""

@@ -1,0 +1,115 @@
+"""Every public communicator and transform, for contracts over all of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxdist as jd
+
+AXIS = 'data'
+
+
+def is_matrix(tree):
+  return jax.tree.map(lambda x: 'matrix' if x.ndim > 1 else 'rest', tree)
+
+
+SMALL_TOP_K = jd.top_k(0.1, block_size=128)
+
+COMMUNICATORS = {
+  'mean': jd.mean(AXIS),
+  'mean_psum_random_k': jd.mean(
+    AXIS, jd.random_k(0.25, block_size=128), method='psum'
+  ),
+  'mean_gather_top_k': jd.mean(AXIS, SMALL_TOP_K, method='gather'),
+  'mean_two_shot_top_k': jd.mean(AXIS, SMALL_TOP_K, method='two_shot'),
+  'mean_auto_sign': jd.mean(AXIS, jd.sign(block_size=128)),
+  'mean_two_shot_sign': jd.mean(
+    AXIS, jd.sign(block_size=128), method='two_shot'
+  ),
+  'mean_two_shot_quantize_buckets': jd.mean(
+    AXIS, jd.quantize(bits=4, block_size=128), 'two_shot', bucket_bytes=2048
+  ),
+  'mean_gather_natural': jd.mean(
+    AXIS, jd.natural(block_size=128), method='gather'
+  ),
+  'mean_two_shot_rotated': jd.mean(
+    AXIS, jd.rotated(jd.quantize(bits=8, block_size=128)), method='two_shot'
+  ),
+  'mean_global_top_k': jd.mean(AXIS, jd.global_top_k(0.1)),
+  'low_rank_mean': jd.low_rank_mean(AXIS, rank=2),
+  'partition': jd.partition(
+    {
+      'matrix': jd.mean(AXIS, SMALL_TOP_K),
+      'rest': jd.mean(AXIS),
+    },
+    is_matrix,
+  ),
+  'gossip_ring': jd.gossip(AXIS, 'ring'),
+  'gossip_exponential': jd.gossip(AXIS, 'one_peer_exponential'),
+  'gossip_ring_sign': jd.gossip(
+    AXIS, 'ring', jd.sign(block_size=128), mixing=0.5
+  ),
+  'gossip_exponential_quantize': jd.gossip(
+    AXIS, 'one_peer_exponential', jd.quantize(bits=8, block_size=128)
+  ),
+}
+
+
+def transforms():
+  """A table of optimizers, one for each way in which the library is used."""
+  adam = optax.adam(1e-2)
+  table = {
+    f'error_feedback_{name}': optax.chain(jd.error_feedback(c), adam)
+    for name, c in COMMUNICATORS.items()
+    if c.agrees
+  }
+  table |= {
+    f'communicate_{name}': optax.chain(jd.communicate(c), adam)
+    for name, c in COMMUNICATORS.items()
+    if c.agrees and c.unbiased
+  }
+  table |= {
+    f'local_sgd_{name}': jd.local_sgd(adam, COMMUNICATORS[name], every=2)
+    for name in (
+      'mean',
+      'mean_two_shot_top_k',
+      'mean_psum_random_k',
+      'low_rank_mean',
+      'partition',
+      'gossip_ring',
+      'gossip_exponential',
+      'gossip_ring_sign',
+      'gossip_exponential_quantize',
+    )
+  }
+  table['diloco'] = jd.diloco(
+    adam,
+    optax.sgd(0.7, momentum=0.9, nesterov=True),
+    COMMUNICATORS['mean_two_shot_quantize_buckets'],
+    every=2,
+    decay=0.9,
+  )
+  return table
+
+
+TRANSFORMS = transforms()
+
+
+def params(dtype=jnp.float32):
+  """Uneven sizes, a scalar and an empty leaf."""
+  rng = np.random.default_rng(0)
+  shapes = {'w': (24, 20), 'v': (7, 5, 11), 'b': (20,), 's': (), 'e': (0, 3)}
+  return {
+    name: jnp.asarray(rng.normal(size=shape), dtype)
+    for name, shape in shapes.items()
+  }
+
+
+def gradients(workers, steps, dtype=np.float32):
+  """Different on each worker and step: leaves of (steps, workers, ...)."""
+  rng = np.random.default_rng(1)
+  return jax.tree.map(
+    lambda x: rng.normal(size=(steps, workers, *x.shape)).astype(dtype),
+    params(),
+  )

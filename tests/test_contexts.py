@@ -1,0 +1,146 @@
+"""One worker's code gives the same numbers wherever it runs."""
+
+import jax
+import methods
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxdist as jd
+from jaxdist.state import map_per_worker
+
+WORKERS, STEPS = 4, 3
+
+# Backends may sum in another order; Adam's division by a small root can blow a
+# last-bit difference of a gradient near zero up to a few of these.
+CLOSE = dict(rtol=2e-5, atol=2e-6)
+
+
+def run_worker(tx, params, gradients):
+  """All steps of one worker; returns its parameters after each."""
+  state, path = tx.init(params), []
+  for step in range(STEPS):
+    grad = jax.tree.map(lambda g, step=step: g[step], gradients)
+    updates, state = tx.update(grad, state, params)
+    params = optax.apply_updates(params, updates)
+    path.append(params)
+  return path
+
+
+def under_vmap(tx, gradients):
+  run = lambda g: run_worker(tx, methods.params(), g)
+  return jax.jit(jax.vmap(run, 1, axis_name=methods.AXIS))(gradients)
+
+
+def under_pmap(tx, gradients):
+  run = lambda g: run_worker(tx, methods.params(), g)
+  return jax.pmap(
+    run, methods.AXIS, in_axes=1, devices=jax.devices()[:WORKERS]
+  )(gradients)
+
+
+def under_shard_map(tx, gradients, mesh, check_vma):
+  """With a user's own shard_map: their gradients, our transform."""
+  spec = PartitionSpec(None, methods.AXIS)
+
+  def run(params, gradients):
+    params = jax.tree.map(
+      lambda x: jax.lax.pcast(x, methods.AXIS, to='varying'), params
+    )
+    gradients = jax.tree.map(lambda g: g[:, 0], gradients)
+    path = run_worker(tx, params, gradients)
+    return jax.tree.map(lambda x: x[None], path)
+
+  mapped = jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), spec),
+    out_specs=PartitionSpec(methods.AXIS),
+    check_vma=check_vma,
+  )
+  place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+  return jax.jit(mapped)(
+    place(methods.params(), PartitionSpec()), place(gradients, spec)
+  )
+
+
+@pytest.mark.parametrize('name', methods.TRANSFORMS)
+def test_same_numbers_everywhere(name, make_mesh):
+  tx = methods.TRANSFORMS[name]
+  gradients = methods.gradients(WORKERS, STEPS)
+  expected = under_vmap(tx, gradients)
+  others = {
+    'pmap': under_pmap(tx, gradients),
+    'shard_map': under_shard_map(tx, gradients, make_mesh(WORKERS), True),
+    'unchecked': under_shard_map(tx, gradients, make_mesh(WORKERS), False),
+    'explicit': under_shard_map(
+      tx, gradients, make_mesh(WORKERS, axis_type=AxisType.Explicit), True
+    ),
+  }
+  for context, path in others.items():
+    for want, got in zip(
+      jax.tree.leaves(expected), jax.tree.leaves(path), strict=True
+    ):
+      np.testing.assert_allclose(got, want, **CLOSE, err_msg=context)
+
+
+@pytest.mark.parametrize('name', methods.TRANSFORMS)
+def test_train_step_on_mesh_is_train_step_simulated(name, make_mesh):
+  tx = methods.TRANSFORMS[name]
+  rng = np.random.default_rng(2)
+  batch = rng.normal(size=(2 * WORKERS, 24)).astype(np.float32)
+
+  def loss(params, x):
+    hidden = x @ params['w'] + params['b']
+    others = sum((p**2).sum() for n, p in params.items() if n in 'vs')
+    return (hidden**2).mean() + others
+
+  ends = []
+  for where in ({'mesh': make_mesh(WORKERS)}, {'workers': WORKERS}):
+    state = jd.init(tx, methods.params(), axis=methods.AXIS, **where)
+    step = jd.train_step(loss, tx, axis=methods.AXIS, **where)
+    before = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
+    for _ in range(STEPS):
+      state, metrics = step(state, batch)
+    after = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
+    if 'mesh' in where:
+      assert jax.tree.all(
+        jax.tree.map(lambda a, b: a == b, before, after)
+      ), 'state changes its type'
+    assert step._cache_size() == 1, 'the step compiles twice'
+    assert metrics['loss'].shape == (WORKERS,)
+    ends.append(state)
+  for want, got in zip(*map(jax.tree.leaves, ends), strict=True):
+    np.testing.assert_allclose(got, want, **CLOSE)
+
+
+@pytest.mark.parametrize('name', methods.TRANSFORMS)
+def test_abstract_init_foretells_the_state(name, make_mesh):
+  tx = methods.TRANSFORMS[name]
+  params = methods.params()
+  kwargs = dict(axis=methods.AXIS, mesh=make_mesh(WORKERS))
+  abstract = jd.init(
+    tx, jax.eval_shape(lambda: params), **kwargs
+  )
+  state = jd.init(tx, params, **kwargs)
+  assert jax.tree.structure(abstract) == jax.tree.structure(state)
+  for want, got in zip(*map(jax.tree.leaves, (state, abstract)), strict=True):
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    assert got.sharding.is_equivalent_to(want.sharding, want.ndim)
+
+
+@pytest.mark.parametrize('name', methods.TRANSFORMS)
+def test_specs_place_per_worker_leaves(name, make_mesh):
+  tx = methods.TRANSFORMS[name]
+  state = jd.init(
+    tx, methods.params(), axis=methods.AXIS, mesh=make_mesh(WORKERS)
+  )
+  specs = jd.specs(state, methods.AXIS)
+  is_leading = map_per_worker(lambda _: True, lambda _: False, state)
+  for leaf, spec, leading in zip(
+    *map(jax.tree.leaves, (state, specs, is_leading)), strict=True
+  ):
+    assert spec == (PartitionSpec(methods.AXIS) if leading else PartitionSpec())
+    if leading:
+      assert leaf.shape[0] == WORKERS

@@ -123,8 +123,16 @@ class Folder:
   def load(self, name: str) -> Run:
     """A run that was finished before."""
     traffic = jd.Traffic.from_json(self._traffic(name).read_text())
-    lines = [line for line in self._all_lines() if line['run'] == name]
-    return Run(name, lines, traffic)
+    return Run(name, self.load_lines(name), traffic)
+
+  def load_lines(self, name: str | None = None) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``, of one run or all."""
+    if not self.metrics.exists():
+      return []
+    # A crash may have cut the last line off.
+    whole = self.metrics.read_text().rpartition('\n')[0]
+    lines = map(json.loads, whole.splitlines())
+    return [line for line in lines if name in (None, line['run'])]
 
   def _traffic(self, name: str) -> Path:
     return self.path / f'{name}.traffic.json'
@@ -141,7 +149,7 @@ class Folder:
     """
     kept = [
       line
-      for line in self._all_lines()
+      for line in self.load_lines()
       if line['run'] != name or line['step'] <= step
     ]
     replace(self.metrics, ''.join(map(as_line, kept)))
@@ -154,13 +162,6 @@ class Folder:
       if sync:
         file.flush()
         os.fsync(file.fileno())
-
-  def _all_lines(self) -> list[dict[str, Any]]:
-    if not self.metrics.exists():
-      return []
-    # A crash may have cut the last line off.
-    whole = self.metrics.read_text().rpartition('\n')[0]
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def as_line(line: dict[str, Any]) -> str:

@@ -278,12 +278,16 @@ def compare(config: Config, data: text.Text, folder: Folder) -> bool:
   )
   runs = []
   for name in run_names(config):
-    if jd.latest_step(folder.checkpoints(name)) == config.steps:
+    done = jd.latest_step(folder.checkpoints(name)) or 0
+    if done == config.steps:
       runs.append(folder.load(name))
+      console.print(f'{name}: finished before.', highlight=False)
       continue
     if interrupt.asked:
       return False
-    task = progress.add_task(name, total=config.steps, words='compiling')
+    task = progress.add_task(
+      name, total=config.steps, completed=done, words='compiling'
+    )
 
     def watch(line, name=name, task=task):
       loss = math.nan if line['loss'] is None else line['loss']

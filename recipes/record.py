@@ -65,8 +65,7 @@ class Folder:
 
   def checkpoints(self, name: str) -> Path:
     """Where the checkpoints of a run are."""
-    # Orbax takes absolute paths only.
-    return (self.path / 'checkpoints' / name).absolute()
+    return self.path / 'checkpoints' / name
 
   def open(
     self, settings: dict[str, Any], resume: bool, overwrite: bool

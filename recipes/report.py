@@ -196,6 +196,8 @@ def smooth(losses: list[float | None], width: int) -> np.ndarray:
 
 def draw_losses(axes, runs: list[Run], x: str) -> None:
   """Training losses as thin lines, validation losses as marked ones."""
+  # The first drop is not where runs differ.
+  tops = []
   for run, color in zip(runs, COLORS, strict=False):
     training = smooth([line['loss'] for line in run.lines], window(run))
     # A page does not show more points than this.
@@ -217,8 +219,9 @@ def draw_losses(axes, runs: list[Run], x: str) -> None:
       linewidth=1.8,
       label=run.name,
     )
-    # The first drop is not what differs.
-    axes.set_ylim(top=training[len(training) // 20] + 0.1)
+    tops.append(training[len(training) // 20])
+  if np.isfinite(tops).all():
+    axes.set_ylim(top=max(tops) + 0.1)
   axes.set_ylabel('loss (nats a byte)')
   axes.legend(
     loc='lower left', bbox_to_anchor=(0, 1), ncols=len(runs), frameon=False

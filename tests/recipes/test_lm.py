@@ -4,6 +4,7 @@ Models are tiny and untrained; whether a method trains well is not tested here.
 """
 
 import doctest
+import functools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import pytest
 import record
 import report
 import text
+from rich.console import Console
 
 import jaxdist as jd
 
@@ -56,6 +58,12 @@ def data():
   )
 
 
+@pytest.fixture(scope='module')
+def unbroken(data):
+  """Runs that nothing stopped, by method."""
+  return functools.cache(lambda method: lm.train(TINY, method, data))
+
+
 @pytest.fixture
 def run_main(monkeypatch, capsys):
   """Runs the command line in this process, whose devices are there already."""
@@ -86,16 +94,8 @@ def without_times(lines):
 
 @pytest.mark.parametrize('method', methods.METHODS)
 def test_run_that_was_stopped_goes_on_with_the_same_losses(
-  method, data, tmp_path
+  method, data, unbroken, tmp_path
 ):
-  unbroken = lm.train(TINY, method, data)
-  assert 0 < unbroken.val_loss < 6
-  each = unbroken.traffic.bytes_a_step
-  assert each > 0
-  assert [(line['step'], line['bytes_sent']) for line in unbroken.lines] == [
-    (step, round(step * each)) for step in range(1, 8)
-  ]
-
   folder = record.Folder(tmp_path)
   stopped = lm.train(
     TINY, method, data, folder, watch=lambda line: line['step'] == 4
@@ -106,15 +106,28 @@ def test_run_that_was_stopped_goes_on_with_the_same_losses(
   with folder.metrics.open('a') as file:
     file.write('{"run": "den')
   resumed = lm.train(TINY, method, data, folder)
-  assert without_times(resumed.lines) == without_times(unbroken.lines)
+  assert without_times(resumed.lines) == without_times(unbroken(method).lines)
   assert folder.load(method).lines == resumed.lines
   assert folder.load(method).traffic == resumed.traffic
   times = [line['seconds'] for line in resumed.lines]
   assert times == sorted(times)
 
 
-def test_simulated_workers_train_and_send_as_devices_do(data, monkeypatch):
-  on_mesh = lm.train(TINY, methods.DENSE, data)
+@pytest.mark.parametrize('method', methods.METHODS)
+def test_lines_count_the_bytes_of_the_compiled_step(method, unbroken):
+  run = unbroken(method)
+  assert 0 < run.val_loss < 6
+  each = run.traffic.bytes_a_step
+  assert each > 0
+  assert [(line['step'], line['bytes_sent']) for line in run.lines] == [
+    (step, round(step * each)) for step in range(1, 8)
+  ]
+
+
+def test_simulated_workers_train_and_send_as_devices_do(
+  data, unbroken, monkeypatch
+):
+  on_mesh = unbroken(methods.DENSE)
   mesh = place.find_place(2).mesh
   monkeypatch.setattr(
     lm, 'find_place', lambda workers: place.Place(workers, None, mesh, '')
@@ -207,6 +220,19 @@ def test_ctrl_c_leaves_what_resume_goes_on_from(tmp_path):
   assert all(
     address.startswith('#') for address in re.findall(r'href="([^"]*)"', page)
   )
+
+
+def test_second_ctrl_c_is_not_caught():
+  before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    interrupt = lm.Interrupt(Console())
+    assert not interrupt.asked
+    signal.raise_signal(signal.SIGINT)
+    assert interrupt.asked
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 # The command line.

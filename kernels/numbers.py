@@ -21,8 +21,12 @@ def relative(
 ) -> Float32[Array, 'rows size']:
   """``x / scale`` for any float32 ``scale``, and 0 for 0 / 0."""
   # XLA turns division by a broadcast into a product with the reciprocal, which
-  # is subnormal, hence zero, for the largest scales: a quarter of them is safe.
-  return (x * 0.25) / jnp.maximum(scale * 0.25, TINY)
+  # is subnormal, hence zero, for scales above 2**126. It moves constant factors
+  # between x and the reciprocal, but not through a select.
+  big = scale > 2.0**100
+  x = jnp.where(big, x * 2.0**-50, x)
+  scale = jnp.where(big, scale * 2.0**-50, scale)
+  return x / jnp.maximum(scale, TINY)
 
 
 def uniform(

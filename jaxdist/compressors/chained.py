@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def _contraction(first: Compressor, second: Compressor) -> float:
   return 1 - (math.sqrt(1 - one) + math.sqrt((1 - two) * (2 - one))) ** 2
 
 
-def _check(first: Compressor, second: Compressor) -> None:
+def _check(first: Any, second: Any) -> None:
   for name, code in (('first', first), ('second', second)):
     if not isinstance(code, Compressor):
       raise TypeError(f'{name} must be a Compressor, got {code!r}.')

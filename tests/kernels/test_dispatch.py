@@ -1,0 +1,63 @@
+"""The dispatcher, with an op made for the purpose."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdist.kernels.checks import check_between, check_rows
+from jaxdist.kernels.dispatch import Form, Op
+
+scale = Op(
+  'scale',
+  {
+    'xla': Form(lambda x, by: x * by),
+    'elsewhere': Form(lambda x, by: x * by + 1, ('tpu',)),
+    'here': Form(lambda x, by: x * by + 2, ('cpu',)),
+  },
+)
+
+
+def test_the_platform_chooses():
+  np.testing.assert_array_equal(scale(jnp.ones(3), by=2), 4 * np.ones(3))
+  np.testing.assert_array_equal(
+    jax.jit(jax.vmap(lambda x: scale(x, by=2)))(jnp.ones(3)), 4 * np.ones(3)
+  )
+
+
+def test_the_platform_lowered_for_chooses():
+  lowered = jax.export.export(
+    jax.jit(lambda x: scale(x, by=2.0)), platforms=['tpu']
+  )(jnp.ones(3))
+  assert '1.000000e+00' in lowered.mlir_module()
+  with pytest.raises(NotImplementedError, match='tpu'):
+    jax.export.export(
+      jax.jit(lambda x: scale(x, by=2.0, implementation='here')),
+      platforms=['tpu'],
+    )(jnp.ones(3))
+
+
+@pytest.mark.parametrize(('name', 'result'), [('xla', 2), ('here', 4)])
+def test_a_name_means_that_one(name, result):
+  y = jax.jit(lambda x: scale(x, by=2, implementation=name))(jnp.ones(()))
+  assert y == result
+
+
+def test_a_name_means_that_one_or_an_error():
+  with pytest.raises(NotImplementedError, match='cpu'):
+    scale(jnp.ones(3), by=2, implementation='elsewhere')
+
+
+def test_unknown_names_are_listed():
+  rule = r"of scale must be one of 'xla', 'elsewhere', 'here' or None, got 'x'"
+  with pytest.raises(ValueError, match=rule):
+    scale(jnp.ones(3), by=2, implementation='x')
+
+
+def test_checks_name_argument_rule_and_value():
+  with pytest.raises(ValueError, match=r'x must have 2 dim.*got shape \(3,\)'):
+    check_rows('x', jnp.ones(3), jnp.float32)
+  with pytest.raises(ValueError, match='x must be float32, got int32'):
+    check_rows('x', jnp.ones((3, 1), jnp.int32), jnp.float32)
+  with pytest.raises(ValueError, match=r'k must be an integer from 1 to 4.*5'):
+    check_between('k', 5, 1, 4)

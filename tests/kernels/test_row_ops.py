@@ -1,0 +1,78 @@
+"""Selection, rotation, and what the other ops refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdist.kernels.hadamard import api as rotation
+from jaxdist.kernels.hadamard import reference as hadamard
+from jaxdist.kernels.quantize import api as quantization
+from jaxdist.kernels.top_k import api as selection
+
+
+def test_ties_go_to_the_lower_index():
+  x = jnp.array([[1.0, -2.0, 2.0, 1.0, -2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+  values, indices = selection.top_k(x, 4)
+  np.testing.assert_array_equal(indices, [[1, 2, 4, 0], [0, 1, 2, 3]])
+  np.testing.assert_array_equal(values, [[-2, 2, -2, 1], [0, 0, 0, 0]])
+
+
+def test_selection_is_that_of_a_stable_sort():
+  rng = np.random.default_rng(0)
+  x = rng.integers(-9, 10, (16, 64)).astype(np.float32)  # Many ties.
+  _, indices = selection.top_k(jnp.asarray(x), 20)
+  order = np.argsort(-np.abs(x), axis=1, kind='stable')[:, :20]
+  np.testing.assert_array_equal(indices, order)
+
+
+def test_nan_is_selected_first():
+  x = jnp.array([[1.0, jnp.inf, -jnp.nan, 3.0]])
+  values, _ = selection.top_k(x, 2)
+  assert np.isnan(values).sum() == 1
+  assert np.isinf(values).sum() == 1
+
+
+def test_scatter_puts_back_what_was_selected():
+  x = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
+  np.testing.assert_array_equal(
+    selection.scatter(*selection.top_k(jnp.asarray(x), 32), 32), x
+  )
+
+
+@pytest.mark.parametrize('size', [1, 2, 8, 128, 1024])
+def test_hadamard_matrix(size):
+  i = np.arange(size)
+  matrix = (-1.0) ** np.bitwise_count(i[:, None] & i) / np.sqrt(size)
+  x = np.random.default_rng(size).standard_normal((3, size))
+  y = jax.jit(hadamard.hadamard)(x.astype(np.float32))
+  # Sums of `size` float32 products, each rounded to 2**-24.
+  np.testing.assert_allclose(y, x @ matrix, atol=1e-5)
+  np.testing.assert_allclose(hadamard.hadamard(y), x, atol=1e-5)
+
+
+def test_rotation_flips_signs_then_multiplies():
+  key = jax.random.key(3)
+  basis = jnp.eye(8)
+  rotated = np.asarray(rotation.rotate(basis, key))
+  plain = np.asarray(hadamard.hadamard(basis))
+  flips = rotated[:, 0] / plain[:, 0]
+  assert set(np.round(flips)) == {-1.0, 1.0}
+  np.testing.assert_allclose(rotated, flips[:, None] * plain, atol=1e-6)
+  np.testing.assert_allclose(
+    rotation.unrotate(jnp.asarray(rotated), key), basis, atol=1e-6
+  )
+
+
+def test_bad_arguments():
+  x = jnp.zeros((2, 12))
+  with pytest.raises(ValueError, match=r'x must have rows .*power of two.* 12'):
+    rotation.rotate(x, jax.random.key(0))
+  with pytest.raises(ValueError, match=r'y must have rows .*power of two.* 12'):
+    rotation.unrotate(x, jax.random.key(0))
+  with pytest.raises(
+    ValueError, match=r'k must be an integer from 1 to 12.*13'
+  ):
+    selection.top_k(x, 13)
+  with pytest.raises(ValueError, match='bits must be 8, 4 or 2, got 3'):
+    quantization.quantize(x, 3)

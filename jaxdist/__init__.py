@@ -33,3 +33,4 @@ from jaxdist.training import mean_params as mean_params
 from jaxdist.training import train_step as train_step
 from jaxdist.transforms import communicate as communicate
 from jaxdist.transforms import error_feedback as error_feedback
+from jaxdist.transforms import per_worker as per_worker

@@ -14,18 +14,19 @@ WORKERS, STEPS = 4, 3
 
 # Backends may sum in another order; Adam's division by a small root can blow a
 # last-bit difference of a gradient near zero up to a few of these.
-CLOSE = dict(rtol=2e-5, atol=2e-6)
+CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
 
 
 def run_worker(tx, params, gradients):
-  """All steps of one worker; returns its parameters after each."""
-  state, path = tx.init(params), []
-  for step in range(STEPS):
-    grad = jax.tree.map(lambda g, step=step: g[step], gradients)
+  """All steps of one worker, in a scan; its parameters after each."""
+
+  def step(carry, grad):
+    params, state = carry
     updates, state = tx.update(grad, state, params)
     params = optax.apply_updates(params, updates)
-    path.append(params)
-  return path
+    return (params, state), params
+
+  return jax.lax.scan(step, (params, tx.init(params)), gradients)[1]
 
 
 def under_vmap(tx, gradients):
@@ -105,9 +106,9 @@ def test_train_step_on_mesh_is_train_step_simulated(name, make_mesh):
       state, metrics = step(state, batch)
     after = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
     if 'mesh' in where:
-      assert jax.tree.all(
-        jax.tree.map(lambda a, b: a == b, before, after)
-      ), 'state changes its type'
+      assert jax.tree.all(jax.tree.map(lambda a, b: a == b, before, after)), (
+        'state changes its type'
+      )
     assert step._cache_size() == 1, 'the step compiles twice'
     assert metrics['loss'].shape == (WORKERS,)
     ends.append(state)
@@ -119,10 +120,8 @@ def test_train_step_on_mesh_is_train_step_simulated(name, make_mesh):
 def test_abstract_init_foretells_the_state(name, make_mesh):
   tx = methods.TRANSFORMS[name]
   params = methods.params()
-  kwargs = dict(axis=methods.AXIS, mesh=make_mesh(WORKERS))
-  abstract = jd.init(
-    tx, jax.eval_shape(lambda: params), **kwargs
-  )
+  kwargs = {'axis': methods.AXIS, 'mesh': make_mesh(WORKERS)}
+  abstract = jd.init(tx, jax.eval_shape(lambda: params), **kwargs)
   state = jd.init(tx, params, **kwargs)
   assert jax.tree.structure(abstract) == jax.tree.structure(state)
   for want, got in zip(*map(jax.tree.leaves, (state, abstract)), strict=True):

@@ -148,13 +148,18 @@ def over_leaves(
     results, sents, state = exchange(
       [leaf.astype(jnp.float32) for leaf in leaves], state
     )
-    put = lambda new, dtype=None: jax.tree.map(
-      lambda leaf: (
-        next(new).astype(dtype or leaf.dtype) if is_exchanged(leaf) else leaf
-      ),
-      tree,
-    )
-    return put(iter(results)), put(iter(sents), jnp.float32), state
+
+    def put(new, dtype=None):
+      """The tree with new numbers; empty leaves are fresh, so they agree."""
+      new = iter(new)
+      return jax.tree.map(
+        lambda leaf: (
+          next(new) if is_exchanged(leaf) else jnp.zeros(leaf.shape)
+        ).astype(dtype or leaf.dtype),
+        tree,
+      )
+
+    return put(results), put(sents, jnp.float32), state
 
   def bytes_fn(tree, workers):
     return bytes_sent(shapes_of(tree), workers) if workers > 1 else 0.0

@@ -105,9 +105,8 @@ def gossip(
     if compressor is not None:
       groups = _neighbours(topology, collectives.axis_size(axis))
       memory = [jnp.zeros(matrix_shape(shapes), jnp.float32) for _ in groups]
-    return GossipState(
-      jnp.zeros((), jnp.int32), PerWorker(memory, None), PerWorker(memory, None)
-    )
+    memory = PerWorker(collectives.vary(memory, axis), None)
+    return GossipState(jnp.zeros((), jnp.int32), memory, memory)
 
   def exchange(leaves, state):
     workers = collectives.axis_size(axis)

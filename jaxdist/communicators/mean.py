@@ -127,7 +127,8 @@ def mean(
         else None
         for chosen, (blocks, size), _ in patterns
       ]
-    return MeanState(jnp.zeros((), jnp.int32), PerWorker(dropped, 'split'))
+    dropped = PerWorker(collectives.vary(dropped, axis), 'split')
+    return MeanState(jnp.zeros((), jnp.int32), dropped)
 
   def exchange(leaves, state):
     workers = collectives.axis_size(axis)

@@ -1,0 +1,157 @@
+"""Bad arguments are refused where they are given, by name, rule and value."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxdist as jd
+
+MEAN = jd.mean('data')
+TOP_K = jd.mean('data', jd.top_k(0.1))
+PARAMS = {'w': jnp.ones(3)}
+
+AT_CONSTRUCTION = [
+  (lambda: jd.mean(''), r"axis must be the name of an axis, got ''"),
+  (lambda: jd.mean('data', 'sign'), r"compressor must be .* got 'sign'"),
+  (lambda: jd.mean('data', method='ring'), r"method must be one of .*'ring'"),
+  (
+    lambda: jd.mean('data', jd.sign(), 'psum'),
+    r'sums payloads .* sign\(.*\) is not',
+  ),
+  (
+    lambda: jd.mean('data', jd.global_top_k(0.1), 'two_shot'),
+    r'global_top_k\(.*\) has only one',
+  ),
+  (lambda: jd.mean('data', bucket_bytes=0), r'bucket_bytes .* got 0'),
+  (lambda: jd.low_rank_mean('data', 0), r'rank must be .* got 0'),
+  (lambda: jd.low_rank_mean('data', 1.5), r'rank must be .* got 1\.5'),
+  (lambda: jd.gossip('data', 'star'), r"topology must be .*'star'"),
+  (lambda: jd.gossip('data', mixing=0), r'mixing must be in \(0, 1\], got 0'),
+  (lambda: jd.partition({}, None), r'at least one entry'),
+  (
+    lambda: jd.partition({'a': MEAN, 'b': jd.mean('model')}, None),
+    r"share one axis, got \['data', 'model'\]",
+  ),
+  (
+    lambda: jd.partition({'a': MEAN, 'b': jd.gossip('data')}, None),
+    r'must all agree',
+  ),
+  (lambda: jd.error_feedback('data'), r"communicator must be .* got 'data'"),
+  (lambda: jd.error_feedback(TOP_K, decay=1.5), r'decay .* got 1\.5'),
+  (lambda: jd.error_feedback(jd.gossip('data')), r'same result'),
+  (lambda: jd.communicate(jd.gossip('data')), r'same result'),
+  (
+    lambda: jd.local_sgd(optax.sgd(1.0), MEAN, every=0),
+    r'every must be .* got 0',
+  ),
+  (
+    lambda: jd.local_sgd(optax.sgd(1.0), MEAN, every=2, decay=0.9),
+    r'decay does nothing without feedback, got 0\.9',
+  ),
+  (
+    lambda: jd.local_sgd(
+      optax.sgd(1.0), jd.gossip('data'), every=2, feedback=True
+    ),
+    r'feedback=True',
+  ),
+  (
+    lambda: jd.diloco(optax.sgd(1.0), optax.sgd(1.0), jd.gossip('data'), 2),
+    r'same result',
+  ),
+  (
+    lambda: jd.init(optax.sgd(1.0), PARAMS, axis='data'),
+    r'either mesh .* or workers',
+  ),
+  (
+    lambda: jd.init(optax.sgd(1.0), PARAMS, axis='data', workers=0),
+    r'workers must be at least 1, got 0',
+  ),
+  (
+    lambda: jd.train_step(lambda p, x: 0.0, optax.sgd(1.0), axis='data'),
+    r'either mesh .* or workers',
+  ),
+]
+
+
+@pytest.mark.parametrize(('make', 'message'), AT_CONSTRUCTION)
+def test_refused_at_construction(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+def test_axis_must_be_in_the_mesh(make_mesh):
+  with pytest.raises(ValueError, match=r"axis must be one of .*got 'dta'"):
+    jd.init(optax.sgd(1.0), PARAMS, axis='dta', mesh=make_mesh(2))
+
+
+def simulate(fn, workers=2):
+  return jax.vmap(fn, axis_name='data')(jnp.arange(float(workers)))
+
+
+def update_with(grads, params=PARAMS, tx=None):
+  tx = tx or jd.error_feedback(TOP_K)
+  return simulate(lambda _: tx.update(grads, tx.init(params), params)[0])
+
+
+def test_unbound_axis_is_named():
+  tx = jd.error_feedback(jd.mean('dta', jd.top_k(0.1)))
+  with pytest.raises(ValueError, match=r"'dta' is not bound here"):
+    simulate(lambda _: tx.init(PARAMS))
+
+
+@pytest.mark.parametrize('dtype', ['int32', 'complex64', 'bool'])
+def test_only_real_floating_point_is_averaged(dtype):
+  params = {'w': jnp.ones(3, dtype)}
+  with pytest.raises(TypeError, match=rf"updates\['w'\] is {dtype}"):
+    update_with(params, params)
+
+
+def test_empty_tree():
+  with pytest.raises(ValueError, match='at least one leaf'):
+    update_with({}, {})
+
+
+@pytest.mark.parametrize(
+  ('grads', 'message'),
+  [
+    ({'w': jnp.ones(4)}, r"\['w'\] was float32\[3\] .* is float32\[4\] now"),
+    ({'w': jnp.ones(3, 'bfloat16')}, r'was float32\[3\] .* is bfloat16\[3\]'),
+    ({'v': jnp.ones(3)}, r"\['w'\] was float32\[3\] at init and is missing"),
+  ],
+)
+@pytest.mark.parametrize(
+  'tx',
+  [
+    jd.error_feedback(TOP_K),
+    jd.communicate(MEAN),
+    jd.local_sgd(optax.sgd(1.0), TOP_K, every=2),
+  ],
+)
+def test_leaf_that_changed_since_init(grads, message, tx):
+  with pytest.raises(ValueError, match=message):
+    update_with(grads, tx=tx)
+
+
+def test_unknown_label():
+  communicator = jd.partition(
+    {'a': MEAN}, lambda t: jax.tree.map(lambda _: 'b', t)
+  )
+  with pytest.raises(ValueError, match=r"among \['a'\], got 'b'"):
+    communicator.bytes_sent(PARAMS, 2)
+
+
+def test_local_sgd_needs_params():
+  tx = jd.local_sgd(optax.sgd(1.0), MEAN, every=2)
+  with pytest.raises(ValueError, match='params must be given'):
+    simulate(lambda _: tx.update(PARAMS, tx.init(PARAMS)))
+
+
+def test_batch_must_divide(make_mesh):
+  where = {'axis': 'data', 'mesh': make_mesh(4)}
+  tx = optax.chain(jd.communicate(MEAN), optax.sgd(1.0))
+  state = jd.init(tx, PARAMS, **where)
+  step = jd.train_step(lambda p, x: jnp.sum(p['w'] * x['x']), tx, **where)
+  with pytest.raises(ValueError, match=r"workers, 4: batch\['x'\] .* \(6, 3\)"):
+    step(state, {'x': np.ones((6, 3), np.float32)})

@@ -1,0 +1,235 @@
+"""Limits of the transforms, and what feedback conserves."""
+
+import jax
+import jax.numpy as jnp
+import methods
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxdist as jd
+
+EXACT = {
+  'identity': jd.identity(block_size=128),
+  'all_of_top_k': jd.top_k(1.0, block_size=128),
+  'all_of_random_k': jd.random_k(1.0, block_size=128),
+  'all_of_global_top_k': jd.global_top_k(1.0),
+}
+LOSSY = {
+  name: c
+  for name, c in methods.COMMUNICATORS.items()
+  if c.agrees and not c.unbiased
+}
+
+
+def over_workers(fn, *args):
+  return jax.jit(jax.vmap(fn, axis_name=methods.AXIS))(*args)
+
+
+def run(tx, gradients, params):
+  """Updates of all steps and the last state, in the worker view."""
+
+  def scan(gradients):
+    state = tx.init(params)
+    updates = []
+    for step in range(next(iter(gradients.values())).shape[0]):
+      grad = jax.tree.map(lambda g, step=step: g[step], gradients)
+      update, state = tx.update(grad, state, params)
+      updates.append(update)
+    return updates, state
+
+  return jax.jit(jax.vmap(scan, 1, axis_name=methods.AXIS))(gradients)
+
+
+@pytest.mark.parametrize('name', EXACT)
+def test_exact_codes_equal_dense(name):
+  gradients = methods.gradients(4, 2)
+  exact = jd.error_feedback(jd.mean(methods.AXIS, EXACT[name]))
+  dense = jd.communicate(jd.mean(methods.AXIS))
+  got, state = run(exact, gradients, methods.params())
+  want, _ = run(dense, gradients, methods.params())
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    # A gather sums in the order of the workers, an all-reduce in its own.
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+  for leaf in jax.tree.leaves(state.residual):
+    np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+@pytest.mark.parametrize('name', LOSSY)
+def test_one_worker_loses_nothing(name):
+  gradients = methods.gradients(1, 2)
+  tx = jd.error_feedback(LOSSY[name])
+  updates, state = run(tx, gradients, methods.params())
+  for step, update in enumerate(updates):
+    for key, leaf in update.items():
+      np.testing.assert_array_equal(leaf, gradients[key][step])
+  assert all(not np.any(x) for x in jax.tree.leaves(state.residual))
+
+
+@pytest.mark.parametrize('name', LOSSY)
+def test_what_was_sent_plus_the_residuals_is_what_came_in(name):
+  """Sum of updates + mean residual (+ the second residual) = mean of sums."""
+  workers, steps = 5, 6
+  gradients = methods.gradients(workers, steps)
+  tx = jd.error_feedback(LOSSY[name])
+  updates, state = run(tx, gradients, methods.params())
+  applied = jax.tree.map(lambda *x: sum(u[0] for u in x), *updates)
+  owed = jax.tree.map(lambda e: e.mean(0), state.residual.value)
+  came = jax.tree.map(lambda g: g.sum(0).mean(0), gradients)
+  is_kept = lambda x: isinstance(x, jd.PerWorker)
+  kept = jax.tree.leaves(
+    [
+      node
+      for node in jax.tree.leaves(state.communicator, is_leaf=is_kept)
+      if is_kept(node)
+    ]
+  )
+  flat = lambda tree: np.concatenate(
+    [np.ravel(x) for x in jax.tree.leaves(tree)]
+  )
+  missing = flat(came) - flat(applied) - flat(owed)
+  if kept:  # What the second encoding holds back, by blocks of one bucket.
+    second = np.concatenate([np.asarray(x).reshape(-1) for x in kept])
+    if 'partition' in name:
+      np.testing.assert_allclose(
+        np.sort(np.abs(missing))[::-1][: len(missing)].sum(),
+        np.abs(second).sum(),
+        rtol=1e-3,
+      )
+      return
+    if len(kept) == 1:
+      missing = missing - second[: len(missing)]
+    else:  # Several buckets: blocks are padded to the workers in each.
+      np.testing.assert_allclose(
+        np.abs(missing).sum(), np.abs(second).sum(), rtol=1e-3
+      )
+      return
+  # Six float32 additions of numbers of size up to ten.
+  np.testing.assert_allclose(missing, 0, atol=1e-5)
+
+
+@given(
+  leaves=st.lists(st.integers(1, 200), min_size=1, max_size=4),
+  workers=st.integers(2, 5),
+  density=st.sampled_from([0.01, 0.1, 0.5, 1.0]),
+  method=st.sampled_from(['gather', 'two_shot']),
+  seed=st.integers(0, 2**16),
+)
+@settings(max_examples=15, deadline=None)
+def test_conservation_for_any_leaves(leaves, workers, density, method, seed):
+  rng = np.random.default_rng(seed)
+  tree = [rng.normal(size=(workers, n)).astype(np.float32) for n in leaves]
+  code = jd.top_k(density, block_size=128)
+  communicator = jd.mean('data', code, method)
+
+  def exchange(tree):
+    state = communicator.init(tree, feedback=True)
+    mean, sent, state = communicator.exchange(tree, state)
+    return mean, sent, state.dropped.value
+
+  mean, sent, dropped = jax.vmap(exchange, axis_name='data')(tree)
+  flat = lambda tree: np.concatenate([np.asarray(x) for x in tree], axis=1)
+  total = flat(mean)[0]
+  for kept in dropped:
+    if kept is not None:
+      total = total + np.asarray(kept).reshape(-1)[: len(total)]
+  np.testing.assert_allclose(total, flat(sent).mean(0), atol=1e-6)
+
+
+def test_every_step_with_sgd_is_data_parallel():
+  gradients = methods.gradients(4, 3)
+  outer = optax.sgd(1.0)
+  dense = optax.chain(jd.communicate(jd.mean(methods.AXIS)), optax.sgd(0.1))
+  want, _ = run(dense, gradients, methods.params())
+  for tx in (
+    jd.local_sgd(optax.sgd(0.1), jd.mean(methods.AXIS), every=1),
+    jd.diloco(optax.sgd(0.1), outer, jd.mean(methods.AXIS), every=1),
+  ):
+    # `run` holds params fixed; walk them here.
+    def walk(gradients, tx=tx):
+      params = methods.params()
+      state = tx.init(params)
+      for step in range(3):
+        grad = jax.tree.map(lambda g, step=step: g[step], gradients)
+        updates, state = tx.update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+      return params
+
+    got = jax.vmap(walk, 1, axis_name=methods.AXIS)(gradients)
+    for key, leaf in methods.params().items():
+      end = leaf + sum(np.asarray(u[key][0]) for u in want)
+      np.testing.assert_allclose(got[key][0], end, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_workers_are_one_worker():
+  """All workers see the same gradients: local steps are the inner optimizer."""
+  one = methods.gradients(1, 4)
+  same = jax.tree.map(lambda g: np.repeat(g, 3, axis=1), one)
+  tx = jd.local_sgd(optax.adam(0.01), jd.mean(methods.AXIS), every=2)
+  alone = optax.adam(0.01)
+
+  def walk(tx, gradients):
+    params = methods.params()
+    state = tx.init(params)
+    for step in range(4):
+      grad = jax.tree.map(lambda g, step=step: g[step], gradients)
+      updates, state = tx.update(grad, state, params)
+      params = optax.apply_updates(params, updates)
+    return params
+
+  got = over_workers(
+    lambda g: walk(tx, g), jax.tree.map(lambda g: np.moveaxis(g, 1, 0), same)
+  )
+  want = walk(alone, jax.tree.map(lambda g: g[:, 0], one))
+  for key in want:
+    for worker in range(3):
+      np.testing.assert_allclose(
+        got[key][worker], want[key], rtol=1e-5, atol=1e-6
+      )
+
+
+def test_all_zero_gradients_stay_zero():
+  zeros = jax.tree.map(np.zeros_like, methods.gradients(3, 2))
+  for communicator in methods.COMMUNICATORS.values():
+    if communicator.agrees:
+      updates, state = run(
+        jd.error_feedback(communicator), zeros, methods.params()
+      )
+      for leaf in jax.tree.leaves((updates, state.residual)):
+        assert not np.any(leaf), communicator
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_low_precision_leaves_keep_their_dtype_and_a_float32_residual(dtype):
+  gradients = jax.tree.map(
+    lambda g: jnp.asarray(g, dtype), methods.gradients(4, 2)
+  )
+  tx = jd.error_feedback(jd.mean(methods.AXIS, jd.top_k(0.1, block_size=128)))
+  updates, state = run(tx, gradients, methods.params(dtype))
+  assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+  assert {x.dtype for x in jax.tree.leaves(state.residual)} == {
+    jnp.dtype(jnp.float32)
+  }
+
+
+def test_low_precision_params_meet_exactly():
+  tx = jd.local_sgd(optax.sgd(0.1), jd.mean(methods.AXIS), every=2)
+  gradients = jax.tree.map(
+    lambda g: jnp.asarray(g, jnp.bfloat16), methods.gradients(4, 2)
+  )
+
+  def walk(gradients):
+    params = methods.params(jnp.bfloat16)
+    state = tx.init(params)
+    for step in range(2):
+      grad = jax.tree.map(lambda g, step=step: g[step], gradients)
+      updates, state = tx.update(grad, state, params)
+      params = optax.apply_updates(params, updates)
+    return params
+
+  params = jax.vmap(walk, 1, axis_name=methods.AXIS)(gradients)
+  for leaf in jax.tree.leaves(params):
+    assert leaf.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))

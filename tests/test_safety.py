@@ -1,0 +1,173 @@
+"""Bad gradients, and gradients that were reduced before."""
+
+import jax
+import jax.numpy as jnp
+import methods
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+import jaxdist as jd
+
+WORKERS = 4
+AGREEING = {n: c for n, c in methods.COMMUNICATORS.items() if c.agrees}
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('name', AGREEING)
+def test_one_bad_number_is_dropped_by_all_and_leaves_no_trace(name, bad):
+  """Steps: good, bad on one worker, good. The bad one changes nothing."""
+  tx = jd.error_feedback(AGREEING[name])
+  gradients = methods.gradients(WORKERS, 3)
+  gradients['w'][1, 2, 3, 4] = bad
+  skipped = jax.tree.map(lambda g: g[[0, 2]], gradients)
+
+  def run(gradients):
+    params = methods.params()
+    state, updates = tx.init(params), []
+    for step in range(gradients['w'].shape[0]):
+      grad = jax.tree.map(lambda g, step=step: g[step], gradients)
+      update, state = tx.update(grad, state, params)
+      updates.append(update)
+    return updates, state
+
+  over_workers = jax.jit(jax.vmap(run, 1, axis_name=methods.AXIS))
+  updates, state = over_workers(gradients)
+  want_updates, want_state = over_workers(skipped)
+
+  assert not any(np.any(x) for x in jax.tree.leaves(updates[1]))
+  np.testing.assert_array_equal(state.skipped, np.ones(WORKERS))
+  np.testing.assert_array_equal(want_state.skipped, np.zeros(WORKERS))
+  same = lambda a, b: np.testing.assert_array_equal(a, b)
+  jax.tree.map(same, [updates[0], updates[2]], want_updates)
+  jax.tree.map(
+    same,
+    (state.residual, state.communicator),
+    (want_state.residual, want_state.communicator),
+  )
+
+
+def _train(tx, batches, make_mesh):
+  where = {'axis': methods.AXIS, 'mesh': make_mesh(WORKERS)}
+  params = {'w': jnp.ones((24, 20)), 'b': jnp.ones(20)}
+  state = jd.init(tx, params, **where)
+  step = jd.train_step(
+    lambda p, x: jnp.mean((x @ p['w'] + p['b']) ** 2), tx, **where
+  )
+  for batch in batches:
+    state, metrics = step(state, batch)
+  return state, metrics
+
+
+def test_train_step_keeps_momenta_out_of_it(make_mesh):
+  rng = np.random.default_rng(0)
+  batches = rng.normal(size=(3, WORKERS, 24)).astype(np.float32)
+  batches[1, 2, 3] = np.nan
+  tx = optax.chain(
+    jd.error_feedback(jd.mean(methods.AXIS, jd.sign(block_size=128))),
+    optax.adam(0.1),
+  )
+  state, metrics = _train(tx, batches, make_mesh)
+  want, _ = _train(tx, batches[[0, 2]], make_mesh)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (state.params, state.opt_state),
+    (want.params, want.opt_state),
+  )
+  np.testing.assert_array_equal(metrics['skipped'], np.ones(WORKERS))
+  assert (state.step, state.skipped, want.step) == (3, 1, 2)
+
+
+def test_drifting_worker_leaves_its_bad_step_out_alone(make_mesh):
+  rng = np.random.default_rng(0)
+  batches = rng.normal(size=(3, WORKERS, 24)).astype(np.float32)
+  batches[0, 2, 3] = np.nan
+  tx = jd.local_sgd(
+    optax.adam(0.1),
+    jd.mean(methods.AXIS, jd.top_k(0.1, block_size=128)),
+    every=3,
+  )
+  state, metrics = _train(tx, batches, make_mesh)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+  np.testing.assert_array_equal(metrics['skipped'], [0, 0, 1, 0])
+  np.testing.assert_array_equal(
+    state.opt_state.inner.value[0].count, [3, 3, 2, 3]
+  )
+
+
+def test_diverged_worker_sends_all_back_to_the_anchor():
+  tx = jd.local_sgd(
+    optax.sgd(1.0),
+    jd.mean(methods.AXIS, jd.top_k(0.5, block_size=128)),
+    every=1,
+  )
+  params = jnp.ones(200)
+  grads = jnp.ones((WORKERS, 200)).at[1].set(3e38)
+
+  def run(grad):
+    state, p = tx.init(params), params
+    for g in (grad, 2 * grad, jnp.ones(200)):
+      g = jnp.where(jnp.isfinite(g), g, 3e38)
+      updates, state = tx.update(g, state, p)
+      p = optax.apply_updates(p, updates)
+    return p, state.meeting
+
+  p, meeting = jax.vmap(run, axis_name=methods.AXIS)(grads)
+  assert np.isfinite(p).all()
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(meeting))
+
+
+def over_mesh(fn, make_mesh, *args):
+  spec = PartitionSpec(methods.AXIS)
+  return jax.jit(
+    jax.shard_map(
+      fn,
+      mesh=make_mesh(WORKERS),
+      in_specs=(PartitionSpec(), spec),
+      out_specs=PartitionSpec(),
+    )
+  )(*args)
+
+
+def test_gradient_that_was_reduced_raises(make_mesh):
+  tx = jd.error_feedback(AGREEING['mean_gather_top_k'])
+
+  def step(params, x):
+    grads = jax.grad(lambda p: jnp.sum(x * p['w']))(params)  # Reduces.
+    return tx.update(grads, tx.init(params))[0]
+
+  with pytest.raises(ValueError, match=r"updates\['w'\] is already the same"):
+    over_mesh(step, make_mesh, {'w': jnp.ones(8)}, jnp.ones((WORKERS, 8)))
+
+
+def test_gradient_that_was_not_reduced_is_fine(make_mesh):
+  tx = jd.communicate(jd.mean(methods.AXIS))
+
+  def step(params, x):
+    params = jax.lax.pcast(params, methods.AXIS, to='varying')
+    grads = jax.grad(lambda p: jnp.sum(x * p['w']))(params)
+    return tx.update(grads, tx.init(params))[0]
+
+  x = jnp.arange(WORKERS * 8.0).reshape(WORKERS, 8)
+  got = over_mesh(step, make_mesh, {'w': jnp.ones(8)}, x)
+  np.testing.assert_allclose(got['w'], x.mean(0), rtol=1e-6)
+
+
+def test_forgotten_communicator_raises(make_mesh):
+  where = {'axis': methods.AXIS, 'mesh': make_mesh(WORKERS)}
+  tx = optax.adam(0.1)
+  state = jd.init(tx, {'w': jnp.ones(8)}, **where)
+  step = jd.train_step(lambda p, x: jnp.sum(x * p['w']), tx, **where)
+  with pytest.raises(ValueError, match='tx has no communicator'):
+    step(state, np.ones((WORKERS, 8), np.float32))
+
+
+def test_biased_code_without_feedback_warns():
+  with pytest.warns(UserWarning, match=r'top_k.* is biased'):
+    jd.communicate(jd.mean(methods.AXIS, jd.top_k(0.1)))
+
+
+def test_feedback_for_a_code_that_expands_is_refused():
+  with pytest.raises(ValueError, match='feedback needs a code that contracts'):
+    jd.error_feedback(jd.mean(methods.AXIS, jd.ternary()))

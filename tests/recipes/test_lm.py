@@ -163,24 +163,36 @@ def test_place_takes_a_device_a_worker_and_simulates_without():
 # The whole command.
 
 
-def start(out, *arguments):
-  command = [sys.executable, ROOT / 'recipes/lm.py', '--out', out]
-  command += ['--steps', '40', '--workers', '2', '--batch', '2']
-  command += ['--length', '16', '--layers', '1', '--width', '32']
-  command += ['--every-eval', '10', '--data', out.parent / 'text', *arguments]
-  return subprocess.Popen(
-    [str(word) for word in command],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    cwd=out.parent,
-    env={
-      **os.environ,
-      'PYTHONPATH': str(ROOT),
-      'COLUMNS': '100',
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    },
-  )
+@pytest.fixture
+def start(tmp_path):
+  """Starts the recipe, and ends what a failed test leaves running."""
+  processes = []
+
+  def start(out, *arguments):
+    command = [sys.executable, ROOT / 'recipes/lm.py', '--out', out]
+    command += ['--steps', '40', '--workers', '2', '--batch', '2']
+    command += ['--length', '16', '--layers', '1', '--width', '32']
+    command += ['--every-eval', '10', '--data', tmp_path / 'text', *arguments]
+    process = subprocess.Popen(
+      [str(word) for word in command],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      cwd=tmp_path,
+      env={
+        **os.environ,
+        'PYTHONPATH': str(ROOT),
+        'COLUMNS': '100',
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+      },
+    )
+    processes.append(process)
+    return process
+
+  yield start
+  for process in processes:
+    process.kill()
+    process.communicate()
 
 
 def wait_for_step(process, out, run, step):
@@ -190,10 +202,11 @@ def wait_for_step(process, out, run, step):
     if lines and lines[-1]['step'] >= step:
       return
     time.sleep(0.005)
+  process.kill()
   pytest.fail(process.communicate()[0])
 
 
-def test_ctrl_c_leaves_what_resume_goes_on_from(tmp_path):
+def test_ctrl_c_leaves_what_resume_goes_on_from(start, tmp_path):
   folder = tmp_path / 'text'
   folder.mkdir()
   for i in range(25):

@@ -140,7 +140,13 @@ def train(
   folder: Folder | None = None,
   watch: Callable[[dict[str, Any]], bool | None] = lambda line: None,
 ) -> Run:
-  """Trains one model with one method.
+  """Trains one model with one method, and prints nothing.
+
+  An experiment may call it many times::
+
+    prepare_devices(8)
+    data = text.load(None)
+    runs = [train(Config(seed=seed), 'dense', data) for seed in range(3)]
 
   Args:
     config: the command line; ``config.method`` is not read.

@@ -95,6 +95,14 @@ class Folder:
             f'--resume must keep the settings, got another {name}: '
             f'{before.get(name)} before, {value} now.'
           )
+      for path in (self.path / 'checkpoints').glob('*'):
+        step = jd.latest_step(path) or 0
+        lines = self.load_lines(path.name)
+        if [line['step'] for line in lines[:step]] != list(range(1, step + 1)):
+          raise ValueError(
+            f'--resume must find all steps in {self.metrics}, but some of the '
+            f'{step} of {path.name} are missing: begin anew with --overwrite.'
+          )
       return
     if begun and not overwrite:
       raise ValueError(

@@ -323,6 +323,18 @@ def test_results_are_neither_lost_nor_mixed(run_main, tmp_path, monkeypatch):
   assert (tmp_path / 'mine.txt').exists()
 
 
+def test_lost_metrics_are_noticed(data, tmp_path):
+  folder = record.Folder(tmp_path)
+  folder.open({'steps': 7}, resume=False, overwrite=False)
+  lm.train(TINY, methods.DENSE, data, folder)
+  folder.open({'steps': 7}, resume=True, overwrite=False)
+  first, *others = folder.metrics.read_text().splitlines(keepends=True)
+  del first
+  folder.metrics.write_text(''.join(others))
+  with pytest.raises(ValueError, match='some of the 7 of dense are missing'):
+    folder.open({'steps': 7}, resume=True, overwrite=False)
+
+
 def test_folder_in_use_is_refused(run_main, tmp_path):
   with record.locked(tmp_path):
     said = run_main('--out', tmp_path, '--workers', 2)

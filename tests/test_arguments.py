@@ -7,6 +7,13 @@ import optax
 import pytest
 
 import jaxdist as jd
+from jaxdist.transforms.base import check_communicator
+
+
+def unchecked(function):
+  """A user runs without the type checks that these tests switch on."""
+  return getattr(function, '__wrapped__', function)
+
 
 MEAN = jd.mean('data')
 TOP_K = jd.mean('data', jd.top_k(0.1))
@@ -14,8 +21,14 @@ PARAMS = {'w': jnp.ones(3)}
 
 AT_CONSTRUCTION = [
   (lambda: jd.mean(''), r"axis must be the name of an axis, got ''"),
-  (lambda: jd.mean('data', 'sign'), r"compressor must be .* got 'sign'"),
-  (lambda: jd.mean('data', method='ring'), r"method must be one of .*'ring'"),
+  (
+    lambda: unchecked(jd.mean)('data', 'sign'),
+    r"compressor must be .* got 'sign'",
+  ),
+  (
+    lambda: unchecked(jd.mean)('data', method='ring'),
+    r"method must be one of .*'ring'",
+  ),
   (
     lambda: jd.mean('data', jd.sign(), 'psum'),
     r'sums payloads .* sign\(.*\) is not',
@@ -26,9 +39,12 @@ AT_CONSTRUCTION = [
   ),
   (lambda: jd.mean('data', bucket_bytes=0), r'bucket_bytes .* got 0'),
   (lambda: jd.low_rank_mean('data', 0), r'rank must be .* got 0'),
-  (lambda: jd.low_rank_mean('data', 1.5), r'rank must be .* got 1\.5'),
-  (lambda: jd.gossip('data', 'star'), r"topology must be .*'star'"),
-  (lambda: jd.gossip('data', mixing=0), r'mixing must be in \(0, 1\], got 0'),
+  (
+    lambda: unchecked(jd.low_rank_mean)('data', 1.5),
+    r'rank must be .* got 1\.5',
+  ),
+  (lambda: unchecked(jd.gossip)('data', 'star'), r"topology must be .*'star'"),
+  (lambda: jd.gossip('data', mixing=0.0), r'mixing must be in \(0, 1\], got 0'),
   (lambda: jd.partition({}, None), r'at least one entry'),
   (
     lambda: jd.partition({'a': MEAN, 'b': jd.mean('model')}, None),
@@ -38,7 +54,10 @@ AT_CONSTRUCTION = [
     lambda: jd.partition({'a': MEAN, 'b': jd.gossip('data')}, None),
     r'must all agree',
   ),
-  (lambda: jd.error_feedback('data'), r"communicator must be .* got 'data'"),
+  (
+    lambda: unchecked(check_communicator)('data', agrees=True),
+    r"communicator must be .* got 'data'",
+  ),
   (lambda: jd.error_feedback(TOP_K, decay=1.5), r'decay .* got 1\.5'),
   (lambda: jd.error_feedback(jd.gossip('data')), r'same result'),
   (lambda: jd.communicate(jd.gossip('data')), r'same result'),
@@ -148,10 +167,18 @@ def test_local_sgd_needs_params():
     simulate(lambda _: tx.update(PARAMS, tx.init(PARAMS)))
 
 
-def test_batch_must_divide(make_mesh):
-  where = {'axis': 'data', 'mesh': make_mesh(4)}
+@pytest.mark.parametrize(
+  'where',
+  [{'mesh': 4}, {'workers': 4}],
+)
+def test_batch_must_divide(where, make_mesh):
+  where = {'axis': 'data', **where}
+  if 'mesh' in where:
+    where['mesh'] = make_mesh(4)
   tx = optax.chain(jd.communicate(MEAN), optax.sgd(1.0))
   state = jd.init(tx, PARAMS, **where)
   step = jd.train_step(lambda p, x: jnp.sum(p['w'] * x['x']), tx, **where)
-  with pytest.raises(ValueError, match=r"workers, 4: batch\['x'\] .* \(6, 3\)"):
+  # On a mesh JAX finds it first, while it places the batch.
+  message = r"workers, 4: batch\['x'\] .* \(6, 3\)|partitioned 4 times, .* is 6"
+  with pytest.raises(ValueError, match=message):
     step(state, {'x': np.ones((6, 3), np.float32)})

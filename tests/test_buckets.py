@@ -61,7 +61,7 @@ def test_mean_is_exact_for_any_bucket_size(method, workers, bucket_bytes):
   exchange = lambda x: communicator.exchange(x, communicator.init(x))[:2]
   mean, sent = jax.vmap(exchange, axis_name='data')(tree)
   for x, m, s in zip(tree, mean, sent, strict=True):
-    # Small integers: sums are exact; the division rounds the same way.
+    # Small integers: sums are exact. XLA multiplies by 1/3: one rounding more.
     want = np.broadcast_to(x.sum(0) / np.float32(workers), x.shape)
-    np.testing.assert_allclose(m, want, rtol=1e-7)
+    np.testing.assert_allclose(m, want, rtol=2e-7)
     np.testing.assert_array_equal(s, x)

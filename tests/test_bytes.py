@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import methods
 import optax
+import public
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tables import COMPRESSORS
 
 import jaxdist as jd
 
@@ -13,7 +14,7 @@ import jaxdist as jd
 def compiled_bytes(communicator, workers, make_mesh):
   """Bytes a worker sends in one exchange, with feedback's second residual."""
   mesh = make_mesh(workers)
-  spec = PartitionSpec(methods.AXIS)
+  spec = PartitionSpec(public.AXIS)
 
   def exchange(tree):
     tree = jax.tree.map(lambda x: x[0], tree)
@@ -28,32 +29,32 @@ def compiled_bytes(communicator, workers, make_mesh):
     lambda x: jax.ShapeDtypeStruct(
       (workers, *x.shape), x.dtype, sharding=NamedSharding(mesh, spec)
     ),
-    methods.params(),
+    public.params(),
   )
   return jd.traffic(step, tree)
 
 
 @pytest.mark.parametrize('workers', [2, 3, 5, 8])
-@pytest.mark.parametrize('name', methods.COMMUNICATORS)
+@pytest.mark.parametrize('name', public.COMMUNICATORS)
 def test_claimed_bytes_are_compiled_bytes(name, workers, make_mesh):
-  communicator = methods.COMMUNICATORS[name]
-  claimed = communicator.bytes_sent(methods.params(), workers)
+  communicator = public.COMMUNICATORS[name]
+  claimed = communicator.bytes_sent(public.params(), workers)
   traffic = compiled_bytes(communicator, workers, make_mesh)
   assert traffic.bytes_a_step == pytest.approx(claimed, rel=1e-9)
-  assert {row.axis for row in traffic.rows} == {methods.AXIS}
+  assert {row.axis for row in traffic.rows} == {public.AXIS}
 
 
 @pytest.mark.parametrize('method', ['gather', 'two_shot'])
 @pytest.mark.parametrize('workers', [2, 8])
-@pytest.mark.parametrize('name', methods.COMPRESSORS)
+@pytest.mark.parametrize('name', COMPRESSORS)
 def test_every_code_in_every_pattern(name, workers, method, make_mesh):
-  compressor = methods.COMPRESSORS[name]
+  compressor = COMPRESSORS[name]
   if method == 'two_shot' and compressor.block_size is None:
     with pytest.raises(ValueError, match='gives each worker some of the block'):
-      jd.mean(methods.AXIS, compressor, method)
+      jd.mean(public.AXIS, compressor, method)
     return
-  communicator = jd.mean(methods.AXIS, compressor, method)
-  claimed = communicator.bytes_sent(methods.params(), workers)
+  communicator = jd.mean(public.AXIS, compressor, method)
+  claimed = communicator.bytes_sent(public.params(), workers)
   traffic = compiled_bytes(communicator, workers, make_mesh)
   assert traffic.bytes_a_step == pytest.approx(claimed, rel=1e-9)
   assert all(row.dtype in ('uint32', 'float32') for row in traffic.rows)
@@ -123,8 +124,8 @@ def test_auto_gathers_what_is_small():
 def test_train_step_sends_what_the_communicator_claims(
   wrap, expected, make_mesh
 ):
-  communicator = jd.mean(methods.AXIS, jd.top_k(0.1, block_size=128))
-  where = {'axis': methods.AXIS, 'mesh': make_mesh(8)}
+  communicator = jd.mean(public.AXIS, jd.top_k(0.1, block_size=128))
+  where = {'axis': public.AXIS, 'mesh': make_mesh(8)}
   tx, params = wrap(communicator), {'w': jnp.ones((30, 20))}
   step = jd.train_step(lambda p, x: jnp.sum((x @ p['w']) ** 2), tx, **where)
   traffic = jd.traffic(step, jd.init(tx, params, **where), jnp.ones((16, 30)))

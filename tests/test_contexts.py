@@ -1,9 +1,9 @@
 """One worker's code gives the same numbers wherever it runs."""
 
 import jax
-import methods
 import numpy as np
 import optax
+import public
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -30,24 +30,24 @@ def run_worker(tx, params, gradients):
 
 
 def under_vmap(tx, gradients):
-  run = lambda g: run_worker(tx, methods.params(), g)
-  return jax.jit(jax.vmap(run, 1, axis_name=methods.AXIS))(gradients)
+  run = lambda g: run_worker(tx, public.params(), g)
+  return jax.jit(jax.vmap(run, 1, axis_name=public.AXIS))(gradients)
 
 
 def under_pmap(tx, gradients):
-  run = lambda g: run_worker(tx, methods.params(), g)
-  return jax.pmap(
-    run, methods.AXIS, in_axes=1, devices=jax.devices()[:WORKERS]
-  )(gradients)
+  run = lambda g: run_worker(tx, public.params(), g)
+  return jax.pmap(run, public.AXIS, in_axes=1, devices=jax.devices()[:WORKERS])(
+    gradients
+  )
 
 
 def under_shard_map(tx, gradients, mesh, check_vma):
   """With a user's own shard_map: their gradients, our transform."""
-  spec = PartitionSpec(None, methods.AXIS)
+  spec = PartitionSpec(None, public.AXIS)
 
   def run(params, gradients):
     params = jax.tree.map(
-      lambda x: jax.lax.pcast(x, methods.AXIS, to='varying'), params
+      lambda x: jax.lax.pcast(x, public.AXIS, to='varying'), params
     )
     gradients = jax.tree.map(lambda g: g[:, 0], gradients)
     path = run_worker(tx, params, gradients)
@@ -57,19 +57,19 @@ def under_shard_map(tx, gradients, mesh, check_vma):
     run,
     mesh=mesh,
     in_specs=(PartitionSpec(), spec),
-    out_specs=PartitionSpec(methods.AXIS),
+    out_specs=PartitionSpec(public.AXIS),
     check_vma=check_vma,
   )
   place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
   return jax.jit(mapped)(
-    place(methods.params(), PartitionSpec()), place(gradients, spec)
+    place(public.params(), PartitionSpec()), place(gradients, spec)
   )
 
 
-@pytest.mark.parametrize('name', methods.TRANSFORMS)
+@pytest.mark.parametrize('name', public.TRANSFORMS)
 def test_same_numbers_everywhere(name, make_mesh):
-  tx = methods.TRANSFORMS[name]
-  gradients = methods.gradients(WORKERS, STEPS)
+  tx = public.TRANSFORMS[name]
+  gradients = public.gradients(WORKERS, STEPS)
   expected = under_vmap(tx, gradients)
   others = {
     'pmap': under_pmap(tx, gradients),
@@ -86,9 +86,9 @@ def test_same_numbers_everywhere(name, make_mesh):
       np.testing.assert_allclose(got, want, **CLOSE, err_msg=context)
 
 
-@pytest.mark.parametrize('name', methods.TRANSFORMS)
+@pytest.mark.parametrize('name', public.TRANSFORMS)
 def test_train_step_on_mesh_is_train_step_simulated(name, make_mesh):
-  tx = methods.TRANSFORMS[name]
+  tx = public.TRANSFORMS[name]
   rng = np.random.default_rng(2)
   batch = rng.normal(size=(2 * WORKERS, 24)).astype(np.float32)
 
@@ -99,8 +99,8 @@ def test_train_step_on_mesh_is_train_step_simulated(name, make_mesh):
 
   ends = []
   for where in ({'mesh': make_mesh(WORKERS)}, {'workers': WORKERS}):
-    state = jd.init(tx, methods.params(), axis=methods.AXIS, **where)
-    step = jd.train_step(loss, tx, axis=methods.AXIS, **where)
+    state = jd.init(tx, public.params(), axis=public.AXIS, **where)
+    step = jd.train_step(loss, tx, axis=public.AXIS, **where)
     before = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
     for _ in range(STEPS):
       state, metrics = step(state, batch)
@@ -116,11 +116,11 @@ def test_train_step_on_mesh_is_train_step_simulated(name, make_mesh):
     np.testing.assert_allclose(got, want, **CLOSE)
 
 
-@pytest.mark.parametrize('name', methods.TRANSFORMS)
+@pytest.mark.parametrize('name', public.TRANSFORMS)
 def test_abstract_init_foretells_the_state(name, make_mesh):
-  tx = methods.TRANSFORMS[name]
-  params = methods.params()
-  kwargs = {'axis': methods.AXIS, 'mesh': make_mesh(WORKERS)}
+  tx = public.TRANSFORMS[name]
+  params = public.params()
+  kwargs = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
   abstract = jd.init(tx, jax.eval_shape(lambda: params), **kwargs)
   state = jd.init(tx, params, **kwargs)
   assert jax.tree.structure(abstract) == jax.tree.structure(state)
@@ -129,17 +129,17 @@ def test_abstract_init_foretells_the_state(name, make_mesh):
     assert got.sharding.is_equivalent_to(want.sharding, want.ndim)
 
 
-@pytest.mark.parametrize('name', methods.TRANSFORMS)
+@pytest.mark.parametrize('name', public.TRANSFORMS)
 def test_specs_place_per_worker_leaves(name, make_mesh):
-  tx = methods.TRANSFORMS[name]
+  tx = public.TRANSFORMS[name]
   state = jd.init(
-    tx, methods.params(), axis=methods.AXIS, mesh=make_mesh(WORKERS)
+    tx, public.params(), axis=public.AXIS, mesh=make_mesh(WORKERS)
   )
-  specs = jd.specs(state, methods.AXIS)
+  specs = jd.specs(state, public.AXIS)
   is_leading = map_per_worker(lambda _: True, lambda _: False, state)
   for leaf, spec, leading in zip(
     *map(jax.tree.leaves, (state, specs, is_leading)), strict=True
   ):
-    assert spec == (PartitionSpec(methods.AXIS) if leading else PartitionSpec())
+    assert spec == (PartitionSpec(public.AXIS) if leading else PartitionSpec())
     if leading:
       assert leaf.shape[0] == WORKERS

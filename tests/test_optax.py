@@ -2,16 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-import methods
 import numpy as np
 import optax
+import public
 import pytest
 
 import jaxdist as jd
 
 WORKERS = 4
-MEAN = jd.mean(methods.AXIS, jd.top_k(0.1, block_size=128))
-DENSE = jd.mean(methods.AXIS)
+MEAN = jd.mean(public.AXIS, jd.top_k(0.1, block_size=128))
+DENSE = jd.mean(public.AXIS)
 
 
 def loss(params, x):
@@ -33,7 +33,7 @@ def batches(steps):
 
 
 def train(tx, make_mesh, steps=4):
-  where = {'axis': methods.AXIS, 'mesh': make_mesh(WORKERS)}
+  where = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
   state = jd.init(tx, make_params(), **where)
   step = jd.train_step(loss, tx, **where)
   losses = []
@@ -126,7 +126,7 @@ def test_injected_learning_rate_can_be_changed(make_mesh):
   tx = optax.chain(
     jd.error_feedback(MEAN), optax.inject_hyperparams(optax.sgd)(0.1)
   )
-  where = {'axis': methods.AXIS, 'mesh': make_mesh(WORKERS)}
+  where = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
   state = jd.init(tx, make_params(), **where)
   state.opt_state[1].hyperparams['learning_rate'] *= 0.0
   before = jax.tree.map(np.asarray, state.params)
@@ -152,7 +152,7 @@ def test_extra_args_are_accepted(make):
     grads = jax.tree.map(jnp.ones_like, params)
     return tx.update(grads, tx.init(params), params, value=1.0, step=3)[0]
 
-  jax.vmap(update, axis_name=methods.AXIS)(jnp.arange(2))
+  jax.vmap(update, axis_name=public.AXIS)(jnp.arange(2))
 
 
 def test_local_sgd_hands_extra_args_to_the_inner_optimizer():
@@ -165,5 +165,5 @@ def test_local_sgd_hands_extra_args_to_the_inner_optimizer():
     _, state = tx.update(grads, tx.init(params), params, value=value)
     return state.inner.value[1].best_value
 
-  best = jax.vmap(update, axis_name=methods.AXIS)(jnp.array([2.0, 5.0]))
+  best = jax.vmap(update, axis_name=public.AXIS)(jnp.array([2.0, 5.0]))
   np.testing.assert_array_equal(best, [2.0, 5.0])

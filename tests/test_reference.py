@@ -5,9 +5,9 @@ the feedback are written again, one worker and one block at a time.
 """
 
 import jax
-import methods
 import numpy as np
 import optax
+import public
 import pytest
 
 import jaxdist as jd
@@ -31,12 +31,11 @@ def unflat(vector, like):
 
 
 def blockwise(code):
-  def whole(x):
-    padded = np.concatenate([x, np.zeros(-len(x) % BLOCK, x.dtype)])
-    rows = [code(row) for row in padded.reshape(-1, BLOCK)]
-    return np.concatenate(rows)[: len(x)]
+  return lambda x: np.concatenate([code(row) for row in x.reshape(-1, BLOCK)])
 
-  return whole
+
+def padded(x, multiple):
+  return np.concatenate([x, np.zeros(-len(x) % multiple, x.dtype)])
 
 
 @blockwise
@@ -65,40 +64,34 @@ CODES = {
 }
 
 
-def blocks_of_worker(length, worker):
-  """Which numbers the worker reduces in a two-shot exchange."""
-  blocks = -(-length // BLOCK)
-  each = -(-blocks // WORKERS) * BLOCK
-  return slice(worker * each, (worker + 1) * each)
-
-
 class Loop:
   """Error feedback through a mean, for all workers, in NumPy."""
 
   def __init__(self, code, method, length, decay=1.0):
     self.code, self.method, self.decay = code, method, decay
     self.residual = np.zeros((WORKERS, length), np.float32)
-    self.dropped = np.zeros(length, np.float32)
+    self.dropped = [0.0] * WORKERS
 
   def exchange(self, grads):
+    length = grads.shape[1]
     target = grads + self.decay * self.residual
-    sent = np.stack([self.code(x) for x in target])
-    self.residual = target - sent
+    # What fills up the last blocks is coded with them, and then forgotten.
+    sent = np.stack([self.code(padded(x, BLOCK * WORKERS)) for x in target])
+    self.residual = target - sent[:, :length]
     mean = sent.mean(0)
     if self.method == 'two_shot':
-      out = np.empty_like(mean)
-      for worker in range(WORKERS):
-        mine = blocks_of_worker(len(mean), worker)
-        chunk = mean[mine] + self.dropped[mine]
-        out[mine] = self.code(chunk) if len(chunk) else chunk
-        self.dropped[mine] = chunk - out[mine]
-      mean = out
-    return mean
+      chunks = np.split(mean, WORKERS)
+      for worker, chunk in enumerate(chunks):
+        wanted = chunk + self.dropped[worker]
+        chunks[worker] = self.code(wanted)
+        self.dropped[worker] = wanted - chunks[worker]
+      mean = np.concatenate(chunks)
+    return mean[:length]
 
 
 def run_library(tx, gradients):
   def run(gradients):
-    params = methods.params()
+    params = public.params()
     state, path = tx.init(params), []
     for step in range(STEPS):
       grad = jax.tree.map(lambda g, step=step: g[step], gradients)
@@ -107,19 +100,19 @@ def run_library(tx, gradients):
       path.append(params)
     return path
 
-  return jax.jit(jax.vmap(run, 1, axis_name=methods.AXIS))(gradients)
+  return jax.jit(jax.vmap(run, 1, axis_name=public.AXIS))(gradients)
 
 
 @pytest.mark.parametrize('method', ['gather', 'two_shot'])
 @pytest.mark.parametrize('name', CODES)
 def test_error_feedback_is_the_loop(name, method):
   compressor, code = CODES[name]
-  gradients = methods.gradients(WORKERS, STEPS)
-  communicator = jd.mean(methods.AXIS, compressor, method)
+  gradients = public.gradients(WORKERS, STEPS)
+  communicator = jd.mean(public.AXIS, compressor, method)
   tx = optax.chain(jd.error_feedback(communicator, decay=0.9), optax.sgd(0.1))
   path = run_library(tx, gradients)
 
-  params = flat(methods.params())
+  params = flat(public.params())
   loop = Loop(code, method, len(params), decay=0.9)
   for step in range(STEPS):
     grads = np.stack(
@@ -137,16 +130,16 @@ def test_error_feedback_is_the_loop(name, method):
 @pytest.mark.parametrize('name', CODES)
 def test_local_sgd_is_the_loop(name):
   compressor, code = CODES[name]
-  gradients = methods.gradients(WORKERS, STEPS)
+  gradients = public.gradients(WORKERS, STEPS)
   tx = jd.local_sgd(
     optax.sgd(0.1, momentum=0.5),
-    jd.mean(methods.AXIS, compressor, 'two_shot'),
+    jd.mean(public.AXIS, compressor, 'two_shot'),
     every=2,
     decay=0.9,
   )
   path = run_library(tx, gradients)
 
-  anchor = flat(methods.params())
+  anchor = flat(public.params())
   workers = np.stack([anchor] * WORKERS)
   momentum = np.zeros_like(workers)
   loop = Loop(code, 'two_shot', len(anchor), decay=0.9)
@@ -164,16 +157,16 @@ def test_local_sgd_is_the_loop(name):
 
 
 def test_diloco_is_the_loop():
-  gradients = methods.gradients(WORKERS, STEPS)
+  gradients = public.gradients(WORKERS, STEPS)
   tx = jd.diloco(
     optax.sgd(0.1),
     optax.sgd(0.7, momentum=0.9, nesterov=True),
-    jd.mean(methods.AXIS),
+    jd.mean(public.AXIS),
     every=2,
   )
   path = run_library(tx, gradients)
 
-  anchor = flat(methods.params())
+  anchor = flat(public.params())
   workers = np.stack([anchor] * WORKERS)
   trace = np.zeros_like(anchor)
   for step in range(STEPS):
@@ -193,7 +186,7 @@ def test_diloco_is_the_loop():
 def test_power_sgd_is_the_loop():
   rng = np.random.default_rng(3)
   steps = rng.normal(size=(STEPS, WORKERS, 12, 9)).astype(np.float32)
-  tx = jd.error_feedback(jd.low_rank_mean(methods.AXIS, rank=2))
+  tx = jd.error_feedback(jd.low_rank_mean(public.AXIS, rank=2))
 
   def run(grads):
     state, out = tx.init(grads[0]), []
@@ -204,7 +197,7 @@ def test_power_sgd_is_the_loop():
       bases.append(state.communicator.bases[0])
     return out, bases
 
-  updates, bases = jax.vmap(run, 1, axis_name=methods.AXIS)(steps)
+  updates, bases = jax.vmap(run, 1, axis_name=public.AXIS)(steps)
 
   residual = np.zeros((WORKERS, 12, 9))
   for step in range(1, STEPS):  # The first starts from drawn columns.
@@ -229,16 +222,16 @@ def test_gossip_ring_is_the_mixing_matrix():
     for j in (i - 1, i, i + 1):
       mixing[i, j % WORKERS] = 1 / 3
   x = np.random.default_rng(4).normal(size=(WORKERS, 200)).astype(np.float32)
-  ring = jd.gossip(methods.AXIS, 'ring')
+  ring = jd.gossip(public.AXIS, 'ring')
   mix = lambda x: ring.exchange(x, ring.init(x))[0]
-  got = jax.vmap(mix, axis_name=methods.AXIS)(x)
+  got = jax.vmap(mix, axis_name=public.AXIS)(x)
   np.testing.assert_allclose(got, mixing @ x, **CLOSE)
 
 
 def test_exponential_gossip_averages_exactly_in_log_rounds():
   workers = 8
   x = np.random.default_rng(5).normal(size=(workers, 50)).astype(np.float32)
-  graph = jd.gossip(methods.AXIS, 'one_peer_exponential')
+  graph = jd.gossip(public.AXIS, 'one_peer_exponential')
 
   def rounds(x):
     state = graph.init(x)
@@ -246,7 +239,7 @@ def test_exponential_gossip_averages_exactly_in_log_rounds():
       x, _, state = graph.exchange(x, state)
     return x
 
-  got = jax.vmap(rounds, axis_name=methods.AXIS)(x)
+  got = jax.vmap(rounds, axis_name=public.AXIS)(x)
   np.testing.assert_allclose(got, np.tile(x.mean(0), (workers, 1)), **CLOSE)
 
 
@@ -254,7 +247,7 @@ def test_exponential_gossip_averages_exactly_in_log_rounds():
 def test_compressed_gossip_keeps_the_mean_and_reaches_consensus(topology):
   x = np.random.default_rng(6).normal(size=(WORKERS, 256)).astype(np.float32)
   graph = jd.gossip(
-    methods.AXIS, topology, jd.top_k(0.2, block_size=128), mixing=0.3
+    public.AXIS, topology, jd.top_k(0.2, block_size=128), mixing=0.3
   )
 
   def rounds(x):
@@ -265,7 +258,7 @@ def test_compressed_gossip_keeps_the_mean_and_reaches_consensus(topology):
 
     return jax.lax.scan(one, (x, graph.init(x)), length=300)[0][0]
 
-  got = np.asarray(jax.vmap(rounds, axis_name=methods.AXIS)(x))
+  got = np.asarray(jax.vmap(rounds, axis_name=public.AXIS)(x))
   # 300 rounds of float32 additions move the mean by rounding alone.
   np.testing.assert_allclose(got.mean(0), x.mean(0), atol=2e-6)
   assert got.std(0).max() < 1e-3 * x.std(0).max()

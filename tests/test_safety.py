@@ -2,16 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-import methods
 import numpy as np
 import optax
+import public
 import pytest
 from jax.sharding import PartitionSpec
 
 import jaxdist as jd
 
 WORKERS = 4
-AGREEING = {n: c for n, c in methods.COMMUNICATORS.items() if c.agrees}
+AGREEING = {n: c for n, c in public.COMMUNICATORS.items() if c.agrees}
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
@@ -19,12 +19,12 @@ AGREEING = {n: c for n, c in methods.COMMUNICATORS.items() if c.agrees}
 def test_one_bad_number_is_dropped_by_all_and_leaves_no_trace(name, bad):
   """Steps: good, bad on one worker, good. The bad one changes nothing."""
   tx = jd.error_feedback(AGREEING[name])
-  gradients = methods.gradients(WORKERS, 3)
+  gradients = public.gradients(WORKERS, 3)
   gradients['w'][1, 2, 3, 4] = bad
   skipped = jax.tree.map(lambda g: g[[0, 2]], gradients)
 
   def run(gradients):
-    params = methods.params()
+    params = public.params()
     state, updates = tx.init(params), []
     for step in range(gradients['w'].shape[0]):
       grad = jax.tree.map(lambda g, step=step: g[step], gradients)
@@ -32,7 +32,7 @@ def test_one_bad_number_is_dropped_by_all_and_leaves_no_trace(name, bad):
       updates.append(update)
     return updates, state
 
-  over_workers = jax.jit(jax.vmap(run, 1, axis_name=methods.AXIS))
+  over_workers = jax.jit(jax.vmap(run, 1, axis_name=public.AXIS))
   updates, state = over_workers(gradients)
   want_updates, want_state = over_workers(skipped)
 
@@ -49,7 +49,7 @@ def test_one_bad_number_is_dropped_by_all_and_leaves_no_trace(name, bad):
 
 
 def _train(tx, batches, make_mesh):
-  where = {'axis': methods.AXIS, 'mesh': make_mesh(WORKERS)}
+  where = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
   params = {'w': jnp.ones((24, 20)), 'b': jnp.ones(20)}
   state = jd.init(tx, params, **where)
   step = jd.train_step(
@@ -65,7 +65,7 @@ def test_train_step_keeps_momenta_out_of_it(make_mesh):
   batches = rng.normal(size=(3, WORKERS, 24)).astype(np.float32)
   batches[1, 2, 3] = np.nan
   tx = optax.chain(
-    jd.error_feedback(jd.mean(methods.AXIS, jd.sign(block_size=128))),
+    jd.error_feedback(jd.mean(public.AXIS, jd.sign(block_size=128))),
     optax.adam(0.1),
   )
   state, metrics = _train(tx, batches, make_mesh)
@@ -85,7 +85,7 @@ def test_drifting_worker_leaves_its_bad_step_out_alone(make_mesh):
   batches[0, 2, 3] = np.nan
   tx = jd.local_sgd(
     optax.adam(0.1),
-    jd.mean(methods.AXIS, jd.top_k(0.1, block_size=128)),
+    jd.mean(public.AXIS, jd.top_k(0.1, block_size=128)),
     every=3,
   )
   state, metrics = _train(tx, batches, make_mesh)
@@ -99,7 +99,7 @@ def test_drifting_worker_leaves_its_bad_step_out_alone(make_mesh):
 def test_diverged_worker_sends_all_back_to_the_anchor():
   tx = jd.local_sgd(
     optax.sgd(1.0),
-    jd.mean(methods.AXIS, jd.top_k(0.5, block_size=128)),
+    jd.mean(public.AXIS, jd.top_k(0.5, block_size=128)),
     every=1,
   )
   params = jnp.ones(200)
@@ -113,13 +113,13 @@ def test_diverged_worker_sends_all_back_to_the_anchor():
       p = optax.apply_updates(p, updates)
     return p, state.meeting
 
-  p, meeting = jax.vmap(run, axis_name=methods.AXIS)(grads)
+  p, meeting = jax.vmap(run, axis_name=public.AXIS)(grads)
   assert np.isfinite(p).all()
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(meeting))
 
 
 def over_mesh(fn, make_mesh, *args):
-  spec = PartitionSpec(methods.AXIS)
+  spec = PartitionSpec(public.AXIS)
   return jax.jit(
     jax.shard_map(
       fn,
@@ -142,10 +142,10 @@ def test_gradient_that_was_reduced_raises(make_mesh):
 
 
 def test_gradient_that_was_not_reduced_is_fine(make_mesh):
-  tx = jd.communicate(jd.mean(methods.AXIS))
+  tx = jd.communicate(jd.mean(public.AXIS))
 
   def step(params, x):
-    params = jax.lax.pcast(params, methods.AXIS, to='varying')
+    params = jax.lax.pcast(params, public.AXIS, to='varying')
     grads = jax.grad(lambda p: jnp.sum(x * p['w']))(params)
     return tx.update(grads, tx.init(params))[0]
 
@@ -155,7 +155,7 @@ def test_gradient_that_was_not_reduced_is_fine(make_mesh):
 
 
 def test_forgotten_communicator_raises(make_mesh):
-  where = {'axis': methods.AXIS, 'mesh': make_mesh(WORKERS)}
+  where = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
   tx = optax.adam(0.1)
   state = jd.init(tx, {'w': jnp.ones(8)}, **where)
   step = jd.train_step(lambda p, x: jnp.sum(x * p['w']), tx, **where)
@@ -165,9 +165,9 @@ def test_forgotten_communicator_raises(make_mesh):
 
 def test_biased_code_without_feedback_warns():
   with pytest.warns(UserWarning, match=r'top_k.* is biased'):
-    jd.communicate(jd.mean(methods.AXIS, jd.top_k(0.1)))
+    jd.communicate(jd.mean(public.AXIS, jd.top_k(0.1)))
 
 
 def test_feedback_for_a_code_that_expands_is_refused():
   with pytest.raises(ValueError, match='feedback needs a code that contracts'):
-    jd.error_feedback(jd.mean(methods.AXIS, jd.ternary()))
+    jd.error_feedback(jd.mean(public.AXIS, jd.ternary()))

@@ -78,7 +78,7 @@ def to_blocks(
 
 
 def from_blocks(
-  matrices: Sequence[Float[Array, 'blocks size']],
+  matrices: Sequence[Float[Array, '_ _']],
   buckets: Sequence[Sequence[Slice]],
   shapes: Sequence[tuple[int, ...]],
 ) -> list[Float[Array, '...']]:

@@ -1,0 +1,87 @@
+"""Where the workers live: a device each, or all simulated on one."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXIS = 'data'
+# Where the devices do not say.
+WORKERS = 8
+
+
+def prepare_devices(workers: int | None) -> None:
+  """Divides the CPU into devices; to be called before JAX is first used.
+
+  Beside accelerators they cost nothing, and there is a mesh to compile for.
+
+  Args:
+    workers: how many; None for the usual number.
+  """
+  platforms = jax.config.jax_platforms
+  if platforms and 'cpu' not in platforms.split(','):
+    jax.config.update('jax_platforms', f'{platforms},cpu')
+  jax.config.update('jax_num_cpu_devices', workers or WORKERS)
+  # With several steps in flight on few cores, a collective can wait for a
+  # device that has no thread until the process is aborted.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
+
+
+class Place(NamedTuple):
+  """Where the workers live.
+
+  Attributes:
+    workers: how many there are.
+    mesh: one device each; None where they are simulated on one device.
+    counted_on: a mesh to read what is sent from, where they are simulated.
+    words: the same for the reader.
+  """
+
+  workers: int
+  mesh: Mesh | None
+  counted_on: Mesh | None
+  words: str
+
+  def arguments(self) -> dict[str, Any]:
+    """How :mod:`jaxdist` is told."""
+    if self.mesh is None:
+      return {'workers': self.workers, 'axis': AXIS}
+    return {'mesh': self.mesh, 'axis': AXIS}
+
+  def put(self, batch: np.ndarray) -> jax.Array:
+    """Gives each worker its rows."""
+    if self.mesh is None:
+      return jax.device_put(batch)
+    return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(AXIS)))
+
+
+def find_place(workers: int | None) -> Place:
+  """Takes the devices that are there; simulates where they are too few.
+
+  Args:
+    workers: how many; None for one a device, or eight on a single device.
+
+  Returns:
+    The place.
+  """
+  devices = jax.devices()
+  workers = workers or (len(devices) if len(devices) > 1 else WORKERS)
+
+  def make_mesh(devices):
+    return jax.make_mesh(
+      (workers,),
+      (AXIS,),
+      axis_types=(AxisType.Auto,),
+      devices=devices[:workers],
+    )
+
+  kind = devices[0].device_kind
+  if len(devices) >= workers:
+    words = f'{workers} workers on {workers} {kind} devices'
+    return Place(workers, make_mesh(devices), None, words)
+  words = (
+    f'{workers} workers simulated on one {kind}; bytes are those of the '
+    f'same step compiled for {workers} CPU devices'
+  )
+  return Place(workers, None, make_mesh(jax.devices('cpu')), words)

@@ -1,0 +1,364 @@
+"""What a comparison found: a table for the terminal, a page to keep."""
+
+import html
+import io
+import json
+import math
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from record import Run
+from rich.table import Table
+
+COLUMNS = (
+  'run',
+  'validation loss',
+  'sent a step',
+  'fewer bytes',
+  'step time',
+  'total time',
+)
+UNITS = (
+  'Validation loss in nats a byte. Sent a step: by each worker, read from the '
+  'compiled program.'
+)
+# Readable on white and on black.
+COLORS = ('#3d7edb', '#e0701b', '#2f9e6e', '#a55bd0')
+# Stands for the colour of the page's text, light or dark.
+TEXT = '#0a0b0c'
+
+
+def size(count: float) -> str:
+  """A number of bytes with three digits and a unit.
+
+  >>> size(0), size(999), size(3_413_504), size(5e12)
+  ('0 B', '999 B', '3.41 MB', '5 TB')
+  """
+  for unit in ('B', 'kB', 'MB', 'GB'):
+    if count < 999.5:
+      return f'{count:.3g} {unit}'
+    count /= 1000
+  return f'{count:.3g} TB'
+
+
+def duration(seconds: float) -> str:
+  """Milliseconds, seconds or minutes.
+
+  >>> duration(0.2801), duration(12.34), duration(61)
+  ('280 ms', '12.3 s', '1 min 1 s')
+  """
+  if seconds < 1:
+    return f'{1000 * seconds:.3g} ms'
+  if seconds < 59.95:
+    return f'{seconds:.1f} s'
+  minutes, seconds = divmod(round(seconds), 60)
+  return f'{minutes} min {seconds} s'
+
+
+def ratio(dense: Run, other: Run) -> str:
+  """How many times fewer bytes a run sends than dense data parallel."""
+  if dense.traffic.bytes_a_step == other.traffic.bytes_a_step:
+    return '1x'
+  if not other.traffic.bytes_a_step:
+    return 'sends nothing'
+  times = dense.traffic.bytes_a_step / other.traffic.bytes_a_step
+  return f'{times:.3g}x'
+
+
+def rows(runs: list[Run]) -> list[tuple[str, ...]]:
+  """The table's cells; the first run is dense."""
+  return [
+    (
+      run.name,
+      '-' if run.val_loss is None else f'{run.val_loss:.4f}',
+      size(run.traffic.bytes_a_step),
+      ratio(runs[0], run),
+      duration(run.step_seconds),
+      duration(run.seconds),
+    )
+    for run in runs
+  ]
+
+
+def terminal_table(runs: list[Run], title: str) -> Table:
+  """The table for the terminal."""
+  table = Table(
+    title=title, caption=UNITS, title_justify='left', caption_justify='left'
+  )
+  for i, name in enumerate(COLUMNS):
+    table.add_column(name, justify='right' if i else 'left')
+  for row in rows(runs):
+    table.add_row(*row)
+  return table
+
+
+def write(path, runs: list[Run], title: str, facts: dict[str, Any]) -> None:
+  """Writes one file that needs nothing else, not even a network.
+
+  Args:
+    path: the HTML file.
+    runs: dense data parallel first.
+    title: one line of text.
+    facts: settings and versions to list.
+  """
+  senders = [run for run in runs if run.traffic.bytes_a_step]
+  bars = sum(len(collectives(run)) for run in senders)
+  nothing = '<p>No run sends anything.</p>'
+  text = PAGE.format(
+    title=html.escape(title),
+    summary=html.escape(summary(runs)),
+    table=html_table(COLUMNS, rows(runs)),
+    units=html.escape(UNITS),
+    window=window(runs[0]),
+    over_steps=svg(draw_over_steps, runs, 'Loss over steps'),
+    over_bytes=svg(draw_over_bytes, senders, 'Loss over bytes sent')
+    if senders
+    else nothing,
+    by_collective=svg(
+      draw_by_collective, senders, 'Bytes by collective', 0.7 + 0.38 * bars
+    )
+    if senders
+    else nothing,
+    collectives=html_table(
+      ('run and collective', 'arrays', 'bytes a step'),
+      [
+        (f'{run.name}: {name}', str(count), f'{sent:,.0f}')
+        for run in runs
+        for name, (count, sent) in collectives(run).items()
+      ],
+    ),
+    facts=html_table(
+      ('setting', 'value'),
+      [
+        (name, value if isinstance(value, str) else json.dumps(value))
+        for name, value in facts.items()
+      ],
+    ),
+  )
+  path.write_text(text, encoding='utf-8')
+
+
+def summary(runs: list[Run]) -> str:
+  """The result in a sentence."""
+  dense, *others = runs
+  if dense.val_loss is None:
+    return 'Nothing was evaluated.'
+  words = [f'Dense data parallel ends at {dense.val_loss:.3f} nats a byte.']
+  for run in others:
+    difference = run.val_loss - dense.val_loss
+    words.append(
+      f'{run.name} ends at {run.val_loss:.3f} ({difference:+.3f}) '
+      f'and sends {size(run.traffic.bytes_a_step)} a worker a step instead of '
+      f'{size(dense.traffic.bytes_a_step)}: {ratio(dense, run)}.'
+    )
+  return ' '.join(words)
+
+
+def html_table(columns, cells) -> str:
+  """An HTML table of plain text."""
+
+  def line(tag, row):
+    return ''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in row)
+
+  body = ''.join(f'<tr>{line("td", row)}</tr>\n' for row in cells)
+  return (
+    '<div class="scroll"><table>\n'
+    f'<thead><tr>{line("th", columns)}</tr></thead>\n'
+    f'<tbody>\n{body}</tbody>\n</table></div>'
+  )
+
+
+def collectives(run: Run) -> dict[str, tuple[int, float]]:
+  """Number of arrays and bytes a step for each kind of collective and dtype."""
+  found: dict[str, tuple[int, float]] = {}
+  for row in run.traffic.rows:
+    name = f'{row.kind} {row.dtype}'
+    count, sent = found.get(name, (0, 0.0))
+    found[name] = count + 1, sent + row.bytes_a_step
+  return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def smooth(losses: list[float | None], width: int) -> np.ndarray:
+  """Running means over ``width`` steps; a skipped step's loss is missing."""
+  values = np.array([math.nan if x is None else x for x in losses])
+  return np.array(
+    [
+      np.nan if np.isnan(part).all() else np.nanmean(part)
+      for part in (
+        values[max(0, i + 1 - width) : i + 1] for i in range(len(values))
+      )
+    ]
+  )
+
+
+def draw_losses(axes, runs: list[Run], x: str) -> None:
+  """Training losses as thin lines, validation losses as marked ones."""
+  # The first drop is not where runs differ.
+  tops = []
+  for run, color in zip(runs, COLORS, strict=False):
+    training = smooth([line['loss'] for line in run.lines], window(run))
+    # A page does not show more points than this.
+    stride = max(1, len(run.lines) // 1000)
+    axes.plot(
+      [line[x] for line in run.lines][::stride],
+      training[::stride],
+      color=color,
+      alpha=0.5,
+      linewidth=1,
+    )
+    evaluated = [line for line in run.lines if 'val_loss' in line]
+    axes.plot(
+      [line[x] for line in evaluated],
+      [line['val_loss'] for line in evaluated],
+      color=color,
+      marker='o',
+      markersize=4,
+      linewidth=1.8,
+      label=run.name,
+    )
+    tops.append(training[len(training) // 20])
+  if np.isfinite(tops).all():
+    axes.set_ylim(top=max(tops) + 0.1)
+  axes.set_ylabel('loss (nats a byte)')
+  axes.legend(
+    loc='lower left', bbox_to_anchor=(0, 1), ncols=len(runs), frameon=False
+  )
+
+
+def window(run: Run) -> int:
+  """Over how many steps a training loss is averaged."""
+  return max(1, len(run.lines) // 40)
+
+
+def draw_over_steps(axes, runs: list[Run]) -> None:
+  draw_losses(axes, runs, 'step')
+  axes.set_xlabel('step')
+
+
+def draw_over_bytes(axes, runs: list[Run]) -> None:
+  draw_losses(axes, runs, 'bytes_sent')
+  axes.set_xscale('log')
+  axes.xaxis.set_major_formatter(lambda value, _: size(value))
+  axes.set_xlabel('sent by each worker so far')
+
+
+def draw_by_collective(axes, runs: list[Run]) -> None:
+  bars = [
+    (f'{run.name}: {name}', sent, color)
+    for run, color in zip(runs, COLORS, strict=False)
+    for name, (_, sent) in collectives(run).items()
+    if sent
+  ]
+  names, sent, colors = zip(*bars, strict=True)
+  drawn = axes.barh(range(len(bars)), sent, color=colors, height=0.65)
+  axes.bar_label(drawn, [size(count) for count in sent], padding=4)
+  axes.set_yticks(range(len(bars)), names)
+  axes.invert_yaxis()
+  axes.set_xscale('log')
+  axes.set_xlim(min(sent) / 4, max(sent) * 6)
+  axes.xaxis.set_major_formatter(lambda value, _: size(value))
+  axes.grid(False, axis='y')
+  axes.tick_params(axis='y', length=0)
+
+
+STYLE = {
+  'font.size': 10,
+  'text.color': TEXT,
+  'axes.labelcolor': TEXT,
+  'axes.edgecolor': TEXT,
+  'xtick.color': TEXT,
+  'ytick.color': TEXT,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.grid': True,
+  'axes.axisbelow': True,
+  'grid.color': TEXT,
+  'grid.alpha': 0.12,
+}
+
+
+def svg(draw, runs: list[Run], label: str, height: float = 4.0) -> str:
+  """What ``draw`` draws, as an SVG element in the page's text colour."""
+  file = io.StringIO()
+  # Names inside differ between the figures of a page, not between reports.
+  with matplotlib.rc_context({**STYLE, 'svg.hashsalt': label}):
+    # A figure made without pyplot needs no display and no backend.
+    figure = Figure(figsize=(8, height), layout='constrained')
+    draw(figure.subplots(), runs)
+    figure.savefig(file, format='svg', transparent=True)
+  text = file.getvalue()
+  text = text[text.index('<svg') :]
+  text = re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
+  # HTML knows these names without being told where they are defined.
+  text = re.sub(r' xmlns(:\w+)?="[^"]*"', '', text)
+  text = text.replace(TEXT, 'currentColor')
+  return text.replace('<svg', f'<svg role="img" aria-label="{label}"', 1)
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+  :root {{
+    --page: #fcfcfb; --text: #1d1f23; --quiet: #5d636d; --line: #dfe1e5;
+    --card: #ffffff;
+  }}
+  @media (prefers-color-scheme: dark) {{
+    :root {{
+      --page: #131519; --text: #e4e6ea; --quiet: #9aa1ac; --line: #30343c;
+      --card: #1a1d22;
+    }}
+  }}
+  body {{
+    max-width: 54rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem;
+    background: var(--page); color: var(--text);
+    font: 1rem/1.55 system-ui, sans-serif;
+  }}
+  h1 {{ margin: 0 0 .5rem; font-size: 1.6rem; line-height: 1.25; }}
+  h2 {{ margin: 2.5rem 0 .75rem; font-size: 1.1rem; }}
+  p {{ margin: 0 0 1.25rem; color: var(--quiet); }}
+  figure {{
+    margin: 0; padding: 1rem; background: var(--card);
+    border: 1px solid var(--line); border-radius: .5rem;
+  }}
+  svg {{ display: block; width: 100%; height: auto; }}
+  .scroll {{ overflow-x: auto; }}
+  table {{
+    width: 100%; border-collapse: collapse; font-size: .92rem;
+    font-variant-numeric: tabular-nums;
+  }}
+  th, td {{
+    padding: .4rem .75rem; border-bottom: 1px solid var(--line);
+    text-align: right; white-space: nowrap;
+  }}
+  th {{ color: var(--quiet); font-weight: 600; }}
+  th:first-child, td:first-child {{ padding-left: 0; text-align: left; }}
+  .facts :is(th, td) {{ text-align: left; }}
+  .facts td:last-child {{ white-space: normal; overflow-wrap: anywhere; }}
+  .units {{ margin-top: .5rem; font-size: .85rem; }}
+  figure + .scroll {{ margin-top: 1rem; }}
+</style>
+<h1>{title}</h1>
+<p>{summary}</p>
+{table}
+<p class="units">{units}</p>
+<h2>Loss over steps</h2>
+<p>Marked: validation. Thin: training, mean of {window} steps.</p>
+<figure>{over_steps}</figure>
+<h2>Loss over bytes sent by each worker</h2>
+<figure>{over_bytes}</figure>
+<h2>Bytes a worker sends in a step, by collective</h2>
+<p>Read from the compiled program, as a ring algorithm sends them. A collective
+that runs every few steps counts for its share. Mind the logarithmic scale.</p>
+<figure>{by_collective}</figure>
+{collectives}
+<h2>Settings and versions</h2>
+<div class="facts">{facts}</div>
+</html>
+"""

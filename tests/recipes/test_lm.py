@@ -1,0 +1,422 @@
+"""The language-model recipe: what it leaves, how it stops and what it refuses.
+
+Models are tiny and untrained; whether a method trains well is not tested here.
+"""
+
+import doctest
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import lm
+import methods
+import numpy as np
+import place
+import pytest
+import record
+import report
+import text
+from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
+
+import jaxdist as jd
+
+ROOT = Path(__file__).parents[2]
+TINY = lm.Config(
+  steps=7,
+  workers=2,
+  batch=2,
+  length=16,
+  every_eval=3,
+  layers=1,
+  width=32,
+)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_fast(tmp_path_factory):
+  """Compiling takes nearly all of the time here: little, and once."""
+  options = {
+    'jax_disable_most_optimizations': True,
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  before = {name: jax.config.values[name] for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope='module')
+def data():
+  """A text that is read in no time."""
+  words = b'the quick brown fox jumps over the lazy dog, and again: '
+  return text.Text(
+    np.frombuffer(words * 40, np.uint8),
+    np.frombuffer(words * 4, np.uint8),
+    'words',
+  )
+
+
+@pytest.fixture(scope='module')
+def unbroken(data):
+  """Runs that nothing stopped, by method."""
+  return functools.cache(lambda method: lm.train(TINY, method, data))
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+  """Runs the command line in this process, whose devices are there already."""
+
+  def run(*arguments):
+    monkeypatch.setattr(lm, 'prepare_devices', lambda workers: None)
+    monkeypatch.setattr(sys, 'argv', ['lm.py', *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+      lm.main()
+    captured = capsys.readouterr()
+    # tyro prints by itself and exits with a number.
+    code = stopped.value.code
+    message = code if isinstance(code, str) else captured.out + captured.err
+    return re.sub(r'[\s│╭╮╰╯─]+', ' ', message)
+
+  return run
+
+
+def without_times(lines):
+  return [
+    {name: x for name, x in line.items() if not name.endswith('seconds')}
+    for line in lines
+  ]
+
+
+# Training.
+
+
+@pytest.mark.parametrize('method', methods.METHODS)
+def test_run_that_was_stopped_goes_on_with_the_same_losses(
+  method, data, unbroken, tmp_path
+):
+  folder = record.Folder(tmp_path)
+  stopped = lm.train(
+    TINY, method, data, folder, watch=lambda line: line['step'] == 4
+  )
+  assert len(stopped.lines) == 4
+  # As if the process had been killed a step after its checkpoint.
+  folder.append({'run': method, 'step': 5, 'loss': 0.0}, sync=False)
+  with folder.metrics.open('a') as file:
+    file.write('{"run": "den')
+  resumed = lm.train(TINY, method, data, folder)
+  assert without_times(resumed.lines) == without_times(unbroken(method).lines)
+  assert folder.load(method).lines == resumed.lines
+  assert folder.load(method).traffic == resumed.traffic
+  times = [line['seconds'] for line in resumed.lines]
+  assert times == sorted(times)
+
+
+@pytest.mark.parametrize('method', methods.METHODS)
+def test_lines_count_the_bytes_of_the_compiled_step(method, unbroken):
+  run = unbroken(method)
+  assert 0 < run.val_loss < 6
+  each = run.traffic.bytes_a_step
+  assert each > 0
+  assert [(line['step'], line['bytes_sent']) for line in run.lines] == [
+    (step, round(step * each)) for step in range(1, 8)
+  ]
+
+
+def test_simulated_workers_train_and_send_as_devices_do(
+  data, unbroken, monkeypatch
+):
+  on_mesh = unbroken(methods.DENSE)
+  mesh = place.find_place(2).mesh
+  monkeypatch.setattr(
+    lm, 'find_place', lambda workers: place.Place(workers, None, mesh, '')
+  )
+  simulated = lm.train(TINY, methods.DENSE, data)
+  assert simulated.traffic == on_mesh.traffic
+  # Sums are taken in another order.
+  np.testing.assert_allclose(
+    [line['loss'] for line in simulated.lines],
+    [line['loss'] for line in on_mesh.lines],
+    rtol=1e-4,
+  )
+
+
+def test_place_takes_a_device_a_worker_and_simulates_without():
+  found = place.find_place(2)
+  assert found.mesh.shape == {place.AXIS: 2}
+  assert found.words == '2 workers on 2 cpu devices'
+  assert place.find_place(None).workers == len(jax.devices())
+
+
+# The whole command.
+
+
+@pytest.fixture
+def start(tmp_path):
+  """Starts the recipe, and ends what a failed test leaves running."""
+  processes = []
+
+  def start(out, *arguments):
+    command = [sys.executable, ROOT / 'recipes/lm.py', '--out', out]
+    command += ['--steps', '40', '--workers', '2', '--batch', '2']
+    command += ['--length', '16', '--layers', '1', '--width', '32']
+    command += ['--every-eval', '10', '--data', tmp_path / 'text', *arguments]
+    process = subprocess.Popen(
+      [str(word) for word in command],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      cwd=tmp_path,
+      env={
+        **os.environ,
+        'PYTHONPATH': str(ROOT),
+        'COLUMNS': '100',
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+      },
+    )
+    processes.append(process)
+    return process
+
+  yield start
+  for process in processes:
+    process.kill()
+    process.communicate()
+
+
+def wait_for_step(process, out, run, step):
+  end = time.monotonic() + 60
+  while time.monotonic() < end and process.poll() is None:
+    lines = record.Folder(out).load_lines(run)
+    if lines and lines[-1]['step'] >= step:
+      return
+    time.sleep(0.005)
+  process.kill()
+  pytest.fail(process.communicate()[0])
+
+
+def test_ctrl_c_leaves_what_resume_goes_on_from(start, tmp_path):
+  folder = tmp_path / 'text'
+  folder.mkdir()
+  for i in range(25):
+    (folder / f'{i}.txt').write_text(f'Some words, file {i}. ' * 40)
+  whole, broken = start(tmp_path / 'whole'), start(tmp_path / 'broken')
+
+  wait_for_step(broken, tmp_path / 'broken', 'local-top-k', 3)
+  broken.send_signal(signal.SIGINT)
+  said = broken.communicate(timeout=60)[0]
+  assert broken.returncode == 130, said
+  assert 'lm.py' in said and said.rstrip().endswith('--resume'), said
+
+  resumed = start(tmp_path / 'broken', '--resume')
+  said = resumed.communicate(timeout=60)[0]
+  assert resumed.returncode == 0, said
+  assert 'dense step' not in said, 'dense was trained again'
+  expected = whole.communicate(timeout=60)[0]
+  assert whole.returncode == 0, expected
+  lines = [
+    without_times(record.Folder(tmp_path / name).load_lines())
+    for name in ('whole', 'broken')
+  ]
+  assert lines[0] == lines[1]
+  assert len(lines[0]) == 80
+
+  for printed in (said, expected):
+    assert re.search(r'│ dense +│ +\d\.\d{4} │ .* 1x │', printed), printed
+    assert re.search(r'│ local-top-k │ +\d\.\d{4} │ .*\dx │', printed), printed
+    assert '2 workers on 2 cpu devices' in printed
+  page = (tmp_path / 'broken/report.html').read_text()
+  assert page.count('<svg') == 3
+  assert 'local-top-k' in page and '0.004' in page
+  # Nothing is fetched: all addresses are inside the page.
+  assert not re.search(r'https?:|<script|<link|@import', page)
+  assert all(
+    address.startswith('#') for address in re.findall(r'href="([^"]*)"', page)
+  )
+
+
+def test_second_ctrl_c_is_not_caught():
+  before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    interrupt = lm.Interrupt(Console())
+    assert not interrupt.asked
+    signal.raise_signal(signal.SIGINT)
+    assert interrupt.asked
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+# The command line.
+
+
+def test_help_explains_each_method(run_main):
+  said = run_main('--help')
+  for method in methods.METHODS.values():
+    assert f'{method.name}: {method.help}' in said
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--stpes', 3], 'Perhaps you meant: --steps'),
+    (['--method', 'local-topk'], 'Did you mean local-top-k?'),
+    (['--method', 'xyz'], 'must be one of dense, '),
+    (['--steps', 0], '--steps must be at least 1, got 0.'),
+    (['--workers', 0], '--workers must be at least 1, got 0.'),
+    (['--every-eval', 0], '--every-eval must be at least 1, got 0.'),
+    (['--heads', 3], '--width must be an even multiple of --heads'),
+    (['--lr', -1], '--lr must be positive, got -1.0.'),
+    (['--seed', 2**32], '--seed must be in [0, 2**32), got 4294967296.'),
+    (['--data', '/no/such'], '--data must be a file or a folder, got /no/such'),
+    (['--resume'], '--resume must find a comparison in --out'),
+    (['--resume', '--overwrite'], 'exclude each other'),
+  ],
+)
+def test_bad_input_is_refused(arguments, message, run_main, tmp_path):
+  assert message in run_main('--out', tmp_path / 'out', *arguments)
+
+
+def test_too_little_text_is_refused(run_main, tmp_path):
+  (tmp_path / 'short').write_text('too short')
+  said = run_main('--data', tmp_path / 'short', '--out', tmp_path / 'out')
+  assert 'bytes for training, got 8 from' in said
+  assert not (tmp_path / 'out').exists()
+
+
+def test_unreadable_text_is_refused(run_main, tmp_path, monkeypatch):
+  (tmp_path / 'secret').write_text('nobody may read this')
+
+  def refuse(path):
+    raise PermissionError(13, 'Permission denied')
+
+  monkeypatch.setattr(Path, 'read_bytes', refuse)
+  said = run_main('--data', tmp_path / 'secret', '--out', tmp_path / 'out')
+  assert '--data must be readable' in said and 'Permission denied' in said
+
+
+def test_results_are_neither_lost_nor_mixed(run_main, tmp_path, monkeypatch):
+  monkeypatch.setattr(lm, 'compare', lambda *args: sys.exit('compared'))
+  arguments = ('--out', tmp_path, '--workers', 2)
+  assert run_main(*arguments) == 'compared'
+  assert 'add --resume to go on' in run_main(*arguments)
+  assert run_main(*arguments, '--resume') == 'compared'
+  said = run_main(*arguments, '--resume', '--steps', 3)
+  assert 'got another steps: 400 before, 3 now.' in said
+  said = run_main(*arguments, '--resume', '--method', 'quantized')
+  assert 'got another method: local-top-k before, quantized now.' in said
+  (tmp_path / 'mine.txt').write_text('not a result')
+  assert run_main(*arguments, '--overwrite', '--steps', 3) == 'compared'
+  assert json.loads((tmp_path / 'settings.json').read_text())['steps'] == 3
+  assert (tmp_path / 'mine.txt').exists()
+
+
+def test_lost_metrics_are_noticed(data, tmp_path):
+  folder = record.Folder(tmp_path)
+  folder.open({'steps': 7}, resume=False, overwrite=False)
+  lm.train(TINY, methods.DENSE, data, folder)
+  folder.open({'steps': 7}, resume=True, overwrite=False)
+  first, *others = folder.metrics.read_text().splitlines(keepends=True)
+  del first
+  folder.metrics.write_text(''.join(others))
+  with pytest.raises(ValueError, match='some of the 7 of dense are missing'):
+    folder.open({'steps': 7}, resume=True, overwrite=False)
+
+
+def test_folder_in_use_is_refused(run_main, tmp_path):
+  with record.locked(tmp_path):
+    said = run_main('--out', tmp_path, '--workers', 2)
+  assert f'--out must not be in use, got {tmp_path}' in said
+
+
+def test_out_that_is_a_file_is_refused(run_main, tmp_path):
+  (tmp_path / 'file').write_text('')
+  said = run_main('--out', tmp_path / 'file', '--workers', 2)
+  assert '--out must be a folder to write to' in said
+
+
+# Text.
+
+
+def test_standard_library_is_split_by_file_and_always_alike():
+  files = text.standard_library()
+  assert len(files) > 300
+  assert files == text.standard_library()
+  assert not any('site-packages' in path.parts for path in files)
+  first, second = text.load(None), text.load(None)
+  assert str(first) == str(second)
+  assert len(first.train) > 10 * len(first.validation) > 1_000_000
+
+
+def test_split_is_disjoint_and_complete():
+  files = [bytes([65 + i]) * (i + 1) for i in range(45)]
+  train, validation = (part.split(b'\n') for part in text.split(files))
+  assert not set(train) & set(validation)
+  assert sorted(train + validation) == sorted(files)
+  assert len(validation) == 2
+
+
+def test_few_files_are_cut_at_the_end():
+  assert text.split([b'0123456789']) == (b'012345678', b'9')
+
+
+def test_folder_is_read_sorted_without_hidden_and_binary_files(tmp_path):
+  (tmp_path / '.git').mkdir()
+  (tmp_path / '.git/config').write_text('hidden')
+  (tmp_path / 'sub').mkdir()
+  (tmp_path / 'sub/b.txt').write_text('second')
+  (tmp_path / 'a.txt').write_text('first')
+  (tmp_path / 'image').write_bytes(b'\x89PNG\0')
+  loaded = text.load(tmp_path)
+  joined = loaded.train.tobytes() + loaded.validation.tobytes()
+  assert joined == b'first\nsecond'
+
+
+def test_batches_follow_from_seed_and_step(data):
+  batches = text.training_batches(data, 16, 4, seed=1)
+  assert batches[5].shape == (4, 17)
+  assert batches[5].dtype == np.uint8
+  again = text.training_batches(data, 16, 4, seed=1)
+  np.testing.assert_array_equal(batches[5], again[5])
+  other = text.training_batches(data, 16, 4, seed=2)
+  assert (batches[5] != other[5]).any()
+
+
+def test_windows_predict_each_byte_once(data):
+  windows = text.Windows(data.train, 16)
+  predicted = np.concatenate([windows[i][1:] for i in range(len(windows))])
+  np.testing.assert_array_equal(predicted, data.train[1 : len(predicted) + 1])
+
+
+# The report.
+
+
+def test_report_doctests():
+  assert doctest.testmod(report).failed == 0
+
+
+def test_report_survives_odd_runs(tmp_path):
+  row = jd.Collective(
+    'all-reduce', 'float32', (3,), 12, 12.0, 'data', 2, 1.0, ''
+  )
+  line = {'step': 1, 'loss': None, 'bytes_sent': 12, 'step_seconds': 1.0}
+  odd = [
+    record.Run(name, [{**line, 'run': name, 'seconds': 2.0}], jd.Traffic(rows))
+    for name, rows in (('dense', (row,)), ('<silent>', ()))
+  ]
+  report.write(tmp_path / 'page.html', odd, '<title>', {'a': 1})
+  page = (tmp_path / 'page.html').read_text()
+  assert 'sends nothing' in page and '&lt;silent&gt;' in page
+  assert '<silent>' not in page

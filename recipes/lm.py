@@ -58,7 +58,7 @@ class Config:
       metavar='NAME',
       help=f'What to compare with dense.\n\n{methods.described()}\n\n',
     ),
-  ] = 'local-top-k'
+  ] = 'diloco'
   data: Annotated[
     Path | None,
     tyro.conf.arg(
@@ -73,7 +73,7 @@ class Config:
   """Go on with the comparison in --out."""
   overwrite: bool = False
   """Replace the comparison in --out."""
-  steps: int = 400
+  steps: int = 1600
   """Optimizer steps of each run."""
   workers: Annotated[
     int | None,
@@ -98,13 +98,13 @@ class Config:
   ] = None
   seed: int = 0
   """Fixes the initial parameters and the order of the data."""
-  every_eval: int = 50
+  every_eval: int = 100
   """Steps between validations; each is followed by a checkpoint."""
-  layers: int = 4
+  layers: int = 2
   """Transformer blocks."""
-  width: int = 128
+  width: int = 64
   """Features of a byte inside the model."""
-  heads: int = 2
+  heads: int = 4
   """Attention heads."""
 
 

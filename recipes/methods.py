@@ -68,41 +68,96 @@ def described() -> str:
   return '\n\n'.join(f'{m.name}: {m.help}' for m in METHODS.values())
 
 
-def adamw(learning_rate: optax.Schedule) -> optax.GradientTransformation:
-  """What every method trains with, or each of its workers."""
+def muon(learning_rate: optax.Schedule) -> optax.GradientTransformation:
+  """What every method trains with, or each of its workers.
+
+  Muon steps from momentum, which has averaged the noise of one worker's
+  gradients away; AdamW divides by it, so that workers alone fall behind.
+  """
   return optax.chain(
     optax.clip_by_global_norm(1.0),
-    optax.adamw(learning_rate, b2=0.95, weight_decay=0.1),
+    optax.contrib.muon(
+      lambda step: 2 * learning_rate(step),
+      weight_decay=0.1,
+      adam_learning_rate=learning_rate,
+    ),
   )
 
 
-@method(DENSE, 'data parallel, gradients averaged in float32', 4e-3)
+@method(DENSE, 'data parallel, gradients averaged in float32', 1.6e-2)
 def dense(axis, learning_rate):
-  return optax.chain(jd.communicate(jd.mean(axis)), adamw(learning_rate))
+  return optax.chain(jd.communicate(jd.mean(axis)), muon(learning_rate))
+
+
+@method(
+  'diloco',
+  'each worker trains alone for 4 steps; the changes are averaged in 2 bits a '
+  'number, and a gentle outer momentum follows them',
+  1.6e-2,
+)
+def diloco(axis, learning_rate):
+  return jd.diloco(
+    muon(learning_rate),
+    optax.sgd(0.8, momentum=0.5, nesterov=True),
+    jd.mean(axis, jd.quantize(bits=2)),
+    every=4,
+  )
+
+
+@method(
+  'local-sgd',
+  'each worker trains alone for 4 steps; the changes are averaged in 2 bits a '
+  'number',
+  1.6e-2,
+)
+def local_sgd(axis, learning_rate):
+  return jd.local_sgd(
+    muon(learning_rate), jd.mean(axis, jd.quantize(bits=2)), every=4
+  )
 
 
 @method(
   'local-top-k',
-  'each worker trains alone for 5 steps, then the largest 5% of their changes '
-  'are averaged; the rest is remembered',
-  4e-3,
+  'each worker trains alone for 5 steps; the largest 5% of the changes are '
+  'averaged and the rest is remembered',
+  1.6e-2,
 )
 def local_top_k(axis, learning_rate):
   return jd.local_sgd(
-    adamw(learning_rate),
-    jd.mean(axis, jd.top_k(0.05)),
-    every=5,
-    decay=0.95,
+    muon(learning_rate), jd.mean(axis, jd.top_k(0.05)), every=5, decay=0.95
   )
 
 
 @method(
   'quantized',
-  'gradients averaged as 4-bit numbers; rounding errors are remembered',
-  4e-3,
+  'gradients are averaged in 4 bits a number; what that drops is remembered',
+  1.6e-2,
 )
 def quantized(axis, learning_rate):
   return optax.chain(
     jd.error_feedback(jd.mean(axis, jd.quantize(bits=4))),
-    adamw(learning_rate),
+    muon(learning_rate),
+  )
+
+
+@method(
+  'power-sgd',
+  'gradients are averaged as matrices of rank 2; the rest is remembered',
+  1.6e-2,
+)
+def power_sgd(axis, learning_rate):
+  return optax.chain(
+    jd.error_feedback(jd.low_rank_mean(axis, rank=2)), muon(learning_rate)
+  )
+
+
+@method(
+  'gossip',
+  'each worker averages its parameters with one other, at distance 1, 2, 4, '
+  '... in turn; nobody waits for all',
+  1.6e-2,
+)
+def gossip(axis, learning_rate):
+  return jd.local_sgd(
+    muon(learning_rate), jd.gossip(axis, 'one_peer_exponential'), every=1
   )

@@ -25,7 +25,7 @@ from jaxdist.state import Drifts
 def make_state(seed=0, workers=8):
   """One of everything that a state may hold."""
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   params = {'a/b': normal(3, 4), 'a.b': [normal(5), normal()], 'é %': normal(2)}
   return {
     'params': params,

@@ -65,24 +65,18 @@ def transforms():
     if c.agrees
   }
   table |= {
-    f'communicate_{name}': optax.chain(jd.communicate(c), adam)
+    f'local_sgd_{name}': jd.local_sgd(adam, c, every=2)
     for name, c in COMMUNICATORS.items()
-    if c.agrees and c.unbiased
+    if not c.agrees or name == 'mean_two_shot_top_k'
   }
-  table |= {
-    f'local_sgd_{name}': jd.local_sgd(adam, COMMUNICATORS[name], every=2)
-    for name in (
-      'mean',
-      'mean_two_shot_top_k',
-      'mean_psum_random_k',
-      'low_rank_mean',
-      'partition',
-      'gossip_ring',
-      'gossip_exponential',
-      'gossip_ring_sign',
-      'gossip_exponential_quantize',
-    )
-  }
+  table['communicate'] = optax.chain(
+    jd.communicate(COMMUNICATORS['mean']), adam
+  )
+  table['per_worker'] = optax.chain(
+    jd.per_worker(optax.ema(0.9)),
+    jd.error_feedback(COMMUNICATORS['mean_gather_top_k']),
+    optax.sgd(0.1),
+  )
   table['diloco'] = jd.diloco(
     adam,
     optax.sgd(0.7, momentum=0.9, nesterov=True),
@@ -113,3 +107,30 @@ def gradients(workers, steps, dtype=np.float32):
     lambda x: rng.normal(size=(steps, workers, *x.shape)).astype(dtype),
     params(),
   )
+
+
+def run(tx, gradients, params, walk=False):
+  """All steps of all workers, in a scan under vmap, compiled once.
+
+  Args:
+    tx: the transform.
+    gradients: leaves of (steps, workers, ...).
+    params: where to start.
+    walk: whether to follow the updates; else params stay.
+
+  Returns:
+    Updates or params after each step, (workers, steps, ...), and the state.
+  """
+
+  def worker(gradients):
+    def step(carry, grad):
+      params, state = carry
+      updates, state = tx.update(grad, state, params)
+      if walk:
+        params = optax.apply_updates(params, updates)
+      return (params, state), (params if walk else updates)
+
+    (_, state), path = jax.lax.scan(step, (params, tx.init(params)), gradients)
+    return path, state
+
+  return jax.jit(jax.vmap(worker, 1, axis_name=AXIS))(gradients)

@@ -117,29 +117,20 @@ def test_train_step_on_mesh_is_train_step_simulated(name, make_mesh):
 
 
 @pytest.mark.parametrize('name', public.TRANSFORMS)
-def test_abstract_init_foretells_the_state(name, make_mesh):
+def test_abstract_init_and_specs_foretell_the_state(name, make_mesh):
   tx = public.TRANSFORMS[name]
   params = public.params()
   kwargs = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
   abstract = jd.init(tx, jax.eval_shape(lambda: params), **kwargs)
   state = jd.init(tx, params, **kwargs)
   assert jax.tree.structure(abstract) == jax.tree.structure(state)
-  for want, got in zip(*map(jax.tree.leaves, (state, abstract)), strict=True):
-    assert (got.shape, got.dtype) == (want.shape, want.dtype)
-    assert got.sharding.is_equivalent_to(want.sharding, want.ndim)
-
-
-@pytest.mark.parametrize('name', public.TRANSFORMS)
-def test_specs_place_per_worker_leaves(name, make_mesh):
-  tx = public.TRANSFORMS[name]
-  state = jd.init(
-    tx, public.params(), axis=public.AXIS, mesh=make_mesh(WORKERS)
-  )
   specs = jd.specs(state, public.AXIS)
   is_leading = map_per_worker(lambda _: True, lambda _: False, state)
-  for leaf, spec, leading in zip(
-    *map(jax.tree.leaves, (state, specs, is_leading)), strict=True
+  for got, foretold, spec, leading in zip(
+    *map(jax.tree.leaves, (state, abstract, specs, is_leading)), strict=True
   ):
+    assert (foretold.shape, foretold.dtype) == (got.shape, got.dtype)
+    assert foretold.sharding.is_equivalent_to(got.sharding, got.ndim)
     assert spec == (PartitionSpec(public.AXIS) if leading else PartitionSpec())
     if leading:
-      assert leaf.shape[0] == WORKERS
+      assert got.shape[0] == WORKERS

@@ -28,8 +28,10 @@ def make_params():
 
 
 def batches(steps):
+  """The same batch each time: its loss must fall."""
   rng = np.random.default_rng(1)
-  return rng.normal(size=(steps, 2 * WORKERS, 24)).astype(np.float32)
+  batch = rng.normal(size=(1, 2 * WORKERS, 24)).astype(np.float32)
+  return np.repeat(batch, steps, axis=0)
 
 
 def train(tx, make_mesh, steps=4):
@@ -76,9 +78,6 @@ WRAPPED = {
     },
     matrices,
   ),
-  'multi_steps_around': lambda: optax.MultiSteps(
-    optax.chain(jd.error_feedback(MEAN), optax.adam(0.01)), 2
-  ).gradient_transformation(),
   'multi_steps_inside': lambda: jd.local_sgd(
     optax.MultiSteps(optax.adam(0.01), 2).gradient_transformation(),
     MEAN,
@@ -90,10 +89,7 @@ WRAPPED = {
     optax.clip_by_global_norm(1.0),
     optax.adamw(0.01),
   ),
-  'apply_if_finite_around': lambda: optax.apply_if_finite(
-    optax.chain(jd.error_feedback(MEAN), optax.adam(0.01)), 3
-  ),
-  'lookahead_free_ema': lambda: optax.chain(
+  'ema_after': lambda: optax.chain(
     jd.error_feedback(MEAN), optax.ema(0.9), optax.sgd(0.1)
   ),
 }
@@ -105,21 +101,6 @@ def test_optax_wrapper_keeps_working(name, make_mesh):
   assert np.isfinite(losses).all()
   assert losses[-1] < losses[0]
   jd.assert_in_sync(state)
-
-
-def test_multi_steps_around_sends_every_second_step(make_mesh):
-  """The mean gradient of two steps, exchanged once, is one larger batch."""
-  tx = optax.MultiSteps(
-    optax.chain(jd.communicate(DENSE), optax.sgd(0.1)), 2
-  ).gradient_transformation()
-  state, _ = train(tx, make_mesh, steps=2)
-  big = jnp.asarray(batches(2).reshape(-1, 24))
-  grad = jax.grad(loss)(make_params(), big)
-  want = jax.tree.map(lambda p, g: p - 0.1 * g, make_params(), grad)
-  for key in want:
-    np.testing.assert_allclose(
-      state.params[key], want[key], rtol=1e-5, atol=1e-6
-    )
 
 
 def test_injected_learning_rate_can_be_changed(make_mesh):
@@ -152,7 +133,7 @@ def test_extra_args_are_accepted(make):
     grads = jax.tree.map(jnp.ones_like, params)
     return tx.update(grads, tx.init(params), params, value=1.0, step=3)[0]
 
-  jax.vmap(update, axis_name=public.AXIS)(jnp.arange(2))
+  jax.jit(jax.vmap(update, axis_name=public.AXIS))(jnp.arange(2))
 
 
 def test_local_sgd_hands_extra_args_to_the_inner_optimizer():
@@ -165,5 +146,5 @@ def test_local_sgd_hands_extra_args_to_the_inner_optimizer():
     _, state = tx.update(grads, tx.init(params), params, value=value)
     return state.inner.value[1].best_value
 
-  best = jax.vmap(update, axis_name=public.AXIS)(jnp.array([2.0, 5.0]))
+  best = jax.jit(jax.vmap(update, axis_name=public.AXIS))(jnp.array([2.0, 5.0]))
   np.testing.assert_array_equal(best, [2.0, 5.0])

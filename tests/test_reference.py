@@ -90,17 +90,8 @@ class Loop:
 
 
 def run_library(tx, gradients):
-  def run(gradients):
-    params = public.params()
-    state, path = tx.init(params), []
-    for step in range(STEPS):
-      grad = jax.tree.map(lambda g, step=step: g[step], gradients)
-      updates, state = tx.update(grad, state, params)
-      params = optax.apply_updates(params, updates)
-      path.append(params)
-    return path
-
-  return jax.jit(jax.vmap(run, 1, axis_name=public.AXIS))(gradients)
+  """Parameters of (workers, steps, ...)."""
+  return public.run(tx, gradients, public.params(), walk=True)[0]
 
 
 @pytest.mark.parametrize('method', ['gather', 'two_shot'])
@@ -123,7 +114,7 @@ def test_error_feedback_is_the_loop(name, method):
     )
     params = params - 0.1 * loop.exchange(grads)
     for worker in range(WORKERS):
-      got = flat(jax.tree.map(lambda x: x[worker], path[step]))  # noqa: B023
+      got = flat(jax.tree.map(lambda x: x[worker, step], path))  # noqa: B023
       np.testing.assert_allclose(got, params, **CLOSE)
 
 
@@ -152,7 +143,7 @@ def test_local_sgd_is_the_loop(name):
       anchor = anchor + loop.exchange(workers - anchor)
       workers[:] = anchor
     for worker in range(WORKERS):
-      got = flat(jax.tree.map(lambda x: x[worker], path[step]))  # noqa: B023
+      got = flat(jax.tree.map(lambda x: x[worker, step], path))  # noqa: B023
       np.testing.assert_allclose(got, workers[worker], **CLOSE)
 
 
@@ -179,7 +170,7 @@ def test_diloco_is_the_loop():
       anchor = anchor - 0.7 * (outer_grad + 0.9 * trace)
       workers[:] = anchor
     for worker in range(WORKERS):
-      got = flat(jax.tree.map(lambda x: x[worker], path[step]))  # noqa: B023
+      got = flat(jax.tree.map(lambda x: x[worker, step], path))  # noqa: B023
       np.testing.assert_allclose(got, workers[worker], **CLOSE)
 
 
@@ -197,7 +188,7 @@ def test_power_sgd_is_the_loop():
       bases.append(state.communicator.bases[0])
     return out, bases
 
-  updates, bases = jax.vmap(run, 1, axis_name=public.AXIS)(steps)
+  updates, bases = jax.jit(jax.vmap(run, 1, axis_name=public.AXIS))(steps)
 
   residual = np.zeros((WORKERS, 12, 9))
   for step in range(1, STEPS):  # The first starts from drawn columns.
@@ -239,7 +230,7 @@ def test_exponential_gossip_averages_exactly_in_log_rounds():
       x, _, state = graph.exchange(x, state)
     return x
 
-  got = jax.vmap(rounds, axis_name=public.AXIS)(x)
+  got = jax.jit(jax.vmap(rounds, axis_name=public.AXIS))(x)
   np.testing.assert_allclose(got, np.tile(x.mean(0), (workers, 1)), **CLOSE)
 
 
@@ -258,7 +249,7 @@ def test_compressed_gossip_keeps_the_mean_and_reaches_consensus(topology):
 
     return jax.lax.scan(one, (x, graph.init(x)), length=300)[0][0]
 
-  got = np.asarray(jax.vmap(rounds, axis_name=public.AXIS)(x))
+  got = np.asarray(jax.jit(jax.vmap(rounds, axis_name=public.AXIS))(x))
   # 300 rounds of float32 additions move the mean by rounding alone.
   np.testing.assert_allclose(got.mean(0), x.mean(0), atol=2e-6)
   assert got.std(0).max() < 1e-3 * x.std(0).max()

@@ -14,33 +14,26 @@ WORKERS = 4
 AGREEING = {n: c for n, c in public.COMMUNICATORS.items() if c.agrees}
 
 
-@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('name', AGREEING)
-def test_one_bad_number_is_dropped_by_all_and_leaves_no_trace(name, bad):
+def test_one_bad_number_is_dropped_by_all_and_leaves_no_trace(name):
   """Steps: good, bad on one worker, good. The bad one changes nothing."""
   tx = jd.error_feedback(AGREEING[name])
-  gradients = public.gradients(WORKERS, 3)
-  gradients['w'][1, 2, 3, 4] = bad
-  skipped = jax.tree.map(lambda g: g[[0, 2]], gradients)
-
-  def run(gradients):
-    params = public.params()
-    state, updates = tx.init(params), []
-    for step in range(gradients['w'].shape[0]):
-      grad = jax.tree.map(lambda g, step=step: g[step], gradients)
-      update, state = tx.update(grad, state, params)
-      updates.append(update)
-    return updates, state
-
-  over_workers = jax.jit(jax.vmap(run, 1, axis_name=public.AXIS))
-  updates, state = over_workers(gradients)
-  want_updates, want_state = over_workers(skipped)
-
-  assert not any(np.any(x) for x in jax.tree.leaves(updates[1]))
-  np.testing.assert_array_equal(state.skipped, np.ones(WORKERS))
+  good = public.gradients(WORKERS, 2)
+  want_updates, want_state = public.run(tx, good, public.params())
   np.testing.assert_array_equal(want_state.skipped, np.zeros(WORKERS))
-  same = lambda a, b: np.testing.assert_array_equal(a, b)
-  jax.tree.map(same, [updates[0], updates[2]], want_updates)
+  # A bad number of each kind, on different workers and in different leaves.
+  steps = [0, 0, 0, 0, 1]
+  gradients = jax.tree.map(lambda g: g[steps], good)
+  gradients['w'][1, 2, 3, 4] = np.nan
+  gradients['v'][2, 0, 6, 4, 10] = np.inf
+  gradients['s'][3, 3] = -np.inf
+  updates, state = public.run(tx, gradients, public.params())
+
+  same = np.testing.assert_array_equal
+  for key, leaf in updates.items():
+    same(leaf[:, [0, 4]], want_updates[key])
+    assert not np.any(leaf[:, 1:4])
+  same(state.skipped, np.full(WORKERS, 3))
   jax.tree.map(
     same,
     (state.residual, state.communicator),
@@ -113,7 +106,7 @@ def test_diverged_worker_sends_all_back_to_the_anchor():
       p = optax.apply_updates(p, updates)
     return p, state.meeting
 
-  p, meeting = jax.vmap(run, axis_name=public.AXIS)(grads)
+  p, meeting = jax.jit(jax.vmap(run, axis_name=public.AXIS))(grads)
   assert np.isfinite(p).all()
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(meeting))
 

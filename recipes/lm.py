@@ -58,7 +58,7 @@ class Config:
       metavar='NAME',
       help=f'What to compare with dense.\n\n{methods.described()}\n\n',
     ),
-  ] = 'diloco'
+  ] = 'local-sgd'
   data: Annotated[
     Path | None,
     tyro.conf.arg(
@@ -73,7 +73,7 @@ class Config:
   """Go on with the comparison in --out."""
   overwrite: bool = False
   """Replace the comparison in --out."""
-  steps: int = 1600
+  steps: int = 1400
   """Optimizer steps of each run."""
   workers: Annotated[
     int | None,

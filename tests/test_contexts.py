@@ -12,9 +12,9 @@ from jaxdist.state import map_per_worker
 
 WORKERS, STEPS = 4, 3
 
-# Backends may sum in another order; Adam's division by a small root can blow a
-# last-bit difference of a gradient near zero up to a few of these.
-CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
+# Sums in another order; orthogonalisation and Adam's division by a small root
+# blow the last bit of a number near zero up to some of these.
+CLOSE = {'rtol': 2e-5, 'atol': 1e-5}
 
 
 def run_worker(tx, params, gradients):
@@ -130,7 +130,8 @@ def test_abstract_init_and_specs_foretell_the_state(name, make_mesh):
     *map(jax.tree.leaves, (state, abstract, specs, is_leading)), strict=True
   ):
     assert (foretold.shape, foretold.dtype) == (got.shape, got.dtype)
-    assert foretold.sharding.is_equivalent_to(got.sharding, got.ndim)
+    if got.size:  # JAX places empty arrays as it likes.
+      assert foretold.sharding.is_equivalent_to(got.sharding, got.ndim)
     assert spec == (PartitionSpec(public.AXIS) if leading else PartitionSpec())
     if leading:
       assert got.shape[0] == WORKERS

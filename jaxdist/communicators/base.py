@@ -149,12 +149,14 @@ def over_leaves(
     )
 
     def put(new, dtype=None):
-      """The tree with new numbers; empty leaves are fresh, so they agree."""
+      """The tree with new numbers."""
       new = iter(new)
+      # Empty leaves are fresh where all is to agree: their type then says so.
+      passed = lambda leaf: jnp.zeros(leaf.shape) if agrees else leaf
       return jax.tree.map(
-        lambda leaf: (
-          next(new) if is_exchanged(leaf) else jnp.zeros(leaf.shape)
-        ).astype(dtype or leaf.dtype),
+        lambda leaf: (next(new) if is_exchanged(leaf) else passed(leaf)).astype(
+          dtype or leaf.dtype
+        ),
         tree,
       )
 

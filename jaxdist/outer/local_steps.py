@@ -84,7 +84,7 @@ def local_steps(
     return LocalStepsState(
       drifts=Drifts(),
       count=jnp.zeros((), jnp.int32),
-      inner=PerWorker(inner.init(own)),
+      inner=PerWorker(collectives.vary(inner.init(own), meeting.axis)),
       meeting=meeting.init(params),
       skipped=PerWorker(zero),
       layout=base.Layout.of(params),

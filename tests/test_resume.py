@@ -1,0 +1,99 @@
+"""Whole training states: saved, restored, and moved to other worker counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import public
+import pytest
+
+import jaxdist as jd
+
+METHODS = {
+  'feedback': lambda: optax.chain(
+    jd.error_feedback(
+      jd.mean(public.AXIS, jd.top_k(0.1, block_size=128), 'two_shot')
+    ),
+    optax.adam(0.01),
+  ),
+  'diloco': lambda: jd.diloco(
+    optax.adam(0.01),
+    optax.sgd(0.7, momentum=0.9, nesterov=True),
+    jd.mean(public.AXIS, jd.quantize(bits=2, stochastic=False), 'two_shot'),
+    every=2,
+  ),
+  'power_sgd': lambda: optax.chain(
+    jd.error_feedback(jd.low_rank_mean(public.AXIS, 2)), optax.adam(0.01)
+  ),
+  'gossip': lambda: jd.local_sgd(
+    optax.adam(0.01),
+    jd.gossip(public.AXIS, 'ring', jd.sign(block_size=128), mixing=0.5),
+    every=2,
+  ),
+}
+
+
+def make(name, workers, make_mesh):
+  tx = METHODS[name]()
+  where = {'axis': public.AXIS, 'mesh': make_mesh(workers)}
+  params = {'w': jnp.ones((24, 20)), 'b': jnp.ones(20)}
+  loss = lambda p, x: jnp.mean((x @ p['w'] + p['b']) ** 2)
+  return jd.init(tx, params, **where), jd.train_step(loss, tx, **where)
+
+
+def train(state, step, steps):
+  for index in steps:
+    batch = np.random.default_rng(index).normal(size=(24, 24))
+    state, _ = step(state, batch.astype(np.float32))
+  return state
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_resume_is_no_break(name, make_mesh, tmp_path):
+  state, step = make(name, 4, make_mesh)
+  state = train(state, step, range(3))
+  jd.save(tmp_path, 3, state)
+  whole = train(state, step, range(3, 6))
+  like, step = make(name, 4, make_mesh)
+  resumed = train(jd.restore(tmp_path, like), step, range(3, 6))
+  jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+
+@pytest.mark.parametrize('name', ['feedback', 'diloco', 'power_sgd'])
+def test_other_worker_counts_keep_what_is_owed(name, make_mesh, tmp_path):
+  """8 -> 4 -> 6 workers: the mean residual, and the second one, stay."""
+
+  def owed(state):
+    opt = state.opt_state
+    state = opt.meeting if name == 'diloco' else opt[0]
+    mean = jax.tree.map(lambda e: np.mean(e, axis=0), state.residual.value)
+    held = getattr(state.communicator, 'dropped', None)
+    # Rows are cut anew among the workers; those at the end only fill up.
+    rows = [np.concatenate(x) for x in held.value] if held else []
+    return mean, rows
+
+  state, step = make(name, 8, make_mesh)
+  state = train(state, step, range(4))
+  mean, rows = owed(state)
+  assert max(np.abs(x).max() for x in jax.tree.leaves(mean)) > 0
+  for workers in (4, 6):
+    jd.save(tmp_path / str(workers), 1, state)
+    like, step = make(name, workers, make_mesh)
+    state = jd.restore(tmp_path / str(workers), like)
+    now_mean, now_rows = owed(state)
+    for a, b in zip(*map(jax.tree.leaves, (now_mean, mean)), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    for a, b in zip(now_rows, rows, strict=True):
+      shared = min(len(a), len(b))
+      np.testing.assert_array_equal(a[:shared], b[:shared])
+      assert not a[shared:].any() and not b[shared:].any()
+  final = train(state, step, range(4, 6))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(final))
+
+
+def test_gossip_memory_cannot_be_resized(make_mesh, tmp_path):
+  state, _ = make('gossip', 4, make_mesh)
+  jd.save(tmp_path, 1, state)
+  like, _ = make('gossip', 2, make_mesh)
+  with pytest.raises(ValueError, match='told'):
+    jd.restore(tmp_path, like)

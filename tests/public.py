@@ -36,6 +36,10 @@ COMMUNICATORS = {
   'mean_two_shot_rotated': jd.mean(
     AXIS, jd.rotated(jd.quantize(bits=8, block_size=128)), method='two_shot'
   ),
+  'mean_delayed': jd.mean(AXIS, delay=1),
+  'mean_delayed_two_shot_sign': jd.mean(
+    AXIS, jd.sign(block_size=128), method='two_shot', delay=1
+  ),
   'mean_global_top_k': jd.mean(AXIS, jd.global_top_k(0.1)),
   'low_rank_mean': jd.low_rank_mean(AXIS, rank=2),
   'partition': jd.partition(

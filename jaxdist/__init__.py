@@ -12,6 +12,7 @@ from jaxdist.communicators import gossip as gossip
 from jaxdist.communicators import low_rank_mean as low_rank_mean
 from jaxdist.communicators import mean as mean
 from jaxdist.communicators import partition as partition
+from jaxdist.communicators import per_shard as per_shard
 from jaxdist.compressors import Compressor as Compressor
 from jaxdist.compressors import chained as chained
 from jaxdist.compressors import float4 as float4

@@ -40,6 +40,32 @@ jax.tree_util.register_dataclass(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class PerShard:
+  """A subtree that each device inside a worker has a part of.
+
+  Attributes:
+    value: a pytree of arrays with a dimension for the shards: the second, or
+      the only one of what is a scalar for each shard.
+    axes: the mesh axes inside a worker that this dimension lies over.
+  """
+
+  value: Any
+  axes: tuple[str, ...]
+
+
+jax.tree_util.register_dataclass(
+  PerShard, data_fields=['value'], meta_fields=['axes']
+)
+
+
+def shard_spec(ndim: int, axes: tuple[str, ...]) -> PartitionSpec:
+  """PartitionSpec of a leaf of :class:`PerShard` inside a worker."""
+  if not axes:
+    return PartitionSpec()
+  return PartitionSpec(None, axes) if ndim > 1 else PartitionSpec(axes)
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Drifts:

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Int32
 
+from jaxdist import placement
 from jaxdist import state as worker_state
 from jaxdist.communicators import collectives
 from jaxdist.state import PerWorker
@@ -41,6 +42,7 @@ def init(
   axis: str,
   mesh: Mesh | None = None,
   workers: int | None = None,
+  specs: Any = None,
 ) -> TrainState:
   """Makes the state of a training run, placed on the workers.
 
@@ -49,16 +51,21 @@ def init(
     params: the parameters, the same for all workers. Shapes and dtypes
       (``jax.ShapeDtypeStruct``) give the state's shapes, dtypes and shardings.
     axis: name of the axis that the workers lie along.
-    mesh: the devices; one worker for each position along ``axis``.
+    mesh: the devices; one worker for each position along ``axis``, of all the
+      devices along the mesh's other axes.
     workers: instead of ``mesh``, so many simulated workers on one device.
+    specs: a :class:`jax.sharding.PartitionSpec` for each parameter, over the
+      other axes of the mesh: how FSDP or tensor parallelism cuts it inside a
+      worker. ``None``: each device of a worker holds all of them.
 
   Returns:
     The state, of global arrays: per-worker leaves have a leading worker axis,
-    sharded over ``axis``.
+    sharded over ``axis``. What is shaped like a parameter and stands at its
+    place in a tree, as residuals and momenta do, is cut as the parameter is.
 
   Raises:
-    ValueError: if not exactly one of ``mesh`` and ``workers`` is given, or the
-      mesh has no such axis.
+    ValueError: if not exactly one of ``mesh`` and ``workers`` is given, the
+      mesh has no such axis, or ``specs`` do not fit it.
 
   Examples:
     >>> import jaxdist as jd
@@ -68,7 +75,7 @@ def init(
     >>> state.opt_state[0].residual.value.shape
     (4, 3)
   """
-  _check_workers(mesh, workers, axis)
+  _check_workers(mesh, workers, axis, specs)
 
   def worker_init(params):
     opt_state = tx.init(params)
@@ -78,21 +85,28 @@ def init(
       return TrainState(PerWorker(own[0]), opt_state, zero, PerWorker(own[1]))
     return TrainState(params, opt_state, zero, zero)
 
-  count = workers if mesh is None else mesh.shape[axis]
-  shapes = jax.eval_shape(
-    jax.vmap(worker_init, None, 0, axis_name=axis, axis_size=count), params
-  )
   if mesh is None:
-    run = jax.vmap(
-      worker_init, None, _vmap_axes(shapes), axis_name=axis, axis_size=count
+    under_vmap = lambda out_axes: jax.vmap(
+      worker_init, None, out_axes, axis_name=axis, axis_size=workers
     )
+    shapes = jax.eval_shape(under_vmap(0), params)
+    run = under_vmap(_vmap_axes(shapes))
   else:
-    run = _on_mesh(worker_init, PartitionSpec(), shapes, mesh, axis)
-  if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
-    return _abstract(jax.eval_shape(run, params), mesh, axis)
+    everywhere = PartitionSpec()
+    shapes = collectives.shapes_inside(
+      worker_init, everywhere, params, mesh=mesh, axis_names={axis}
+    )
+    run = _on_mesh(worker_init, everywhere, shapes, mesh, axis)
+  like, places = jax.eval_shape(run, params), None
   if mesh is not None:
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-  return jax.jit(run)(params)
+    places = placement.state_shardings(like, mesh, axis, specs)
+  if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+    return placement.placed_shapes(like, places) if places else like
+  if mesh is not None:
+    params = jax.device_put(
+      params, placement.param_shardings(params, mesh, axis, specs)
+    )
+  return jax.jit(run, out_shardings=places)(params)
 
 
 def train_step(
@@ -102,6 +116,8 @@ def train_step(
   axis: str,
   mesh: Mesh | None = None,
   workers: int | None = None,
+  specs: Any = None,
+  batch_spec: PartitionSpec | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
   r"""Makes a compiled step: each worker's gradient, then ``tx``, then the sum.
 
@@ -118,6 +134,11 @@ def train_step(
     axis: name of the axis that the workers lie along.
     mesh: the devices, as for :func:`init`.
     workers: instead of ``mesh``, so many simulated workers on one device.
+    specs: how parameters are cut inside a worker, as for :func:`init`. The
+      gradients are cut likewise; all collectives inside a worker are the
+      partitioner's.
+    batch_spec: how a worker's batch is cut over its devices, such as
+      ``P('fsdp')``. ``None``: each of them has all of it.
 
   Returns:
     A jitted function ``(state, batch) -> (state, metrics)``. It donates the
@@ -140,7 +161,7 @@ def train_step(
     >>> state.params, metrics['loss']
     (Array(2., dtype=float32), Array([1., 9.], dtype=float32))
   """
-  _check_workers(mesh, workers, axis)
+  _check_workers(mesh, workers, axis, specs)
   count = workers if mesh is None else mesh.shape[axis]
 
   def worker_step(state, batch):
@@ -149,6 +170,8 @@ def train_step(
     loss, grads = jax.value_and_grad(loss_fn)(
       collectives.vary(params, axis), batch
     )
+    if specs is not None:
+      grads = _constrain(grads, placement.leaf_specs(specs, grads))
     bad = jnp.where(all_finite(grads), 0, 1)
     updates, opt_state = tx.update(grads, state.opt_state, params)
     if drifting:
@@ -160,7 +183,7 @@ def train_step(
       )
       skipped = new.skipped.value
     else:
-      bad = jax.lax.psum(bad, axis) > 0  # the wire
+      bad = collectives.psum(bad, axis) > 0  # the wire
       _check_shared(updates, axis, 'updates')
       new = TrainState(
         optax.apply_updates(params, updates),
@@ -192,11 +215,14 @@ def train_step(
       in_specs = (worker_state.specs(state, axis), PartitionSpec(axis))
       run = _on_mesh(worker_step, in_specs, (state, metrics_like), mesh, axis)
     state, metrics = run(state, batch)
+    if specs is not None:
+      places = placement.state_shardings(state, mesh, axis, specs)
+      state = jax.lax.with_sharding_constraint(state, places)
     return state, {name: node.value for name, node in metrics.items()}
 
   if mesh is None:
     return jax.jit(step, donate_argnums=0)
-  batch_sharding = NamedSharding(mesh, PartitionSpec(axis))
+  batch_sharding = placement.batch_sharding(mesh, axis, batch_spec)
   is_explicit = AxisType.Explicit in mesh.axis_types
   return jax.jit(
     step,
@@ -232,6 +258,7 @@ def _on_mesh(fn, in_specs, out_like, mesh, axis):
     in_specs=in_specs,
     out_specs=worker_state.specs(out_like, axis),
     axis_names={axis},
+    check_vma=mesh.shape[axis] > 1,  # One worker: see collectives.psum.
   )
 
 
@@ -239,20 +266,13 @@ def _vmap_axes(tree):
   return worker_state.map_per_worker(lambda _: 0, lambda _: None, tree)
 
 
-def _abstract(shapes, mesh, axis):
-  """Shapes with the shardings that the arrays will have."""
-  if mesh is None:
-    return shapes
-  return jax.tree.map(
-    lambda x, spec: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
-    ),
-    shapes,
-    worker_state.specs(shapes, axis),
-  )
+def _constrain(tree, specs):
+  leaves, treedef = jax.tree.flatten(tree)
+  leaves = map(jax.lax.with_sharding_constraint, leaves, specs)
+  return treedef.unflatten(leaves)
 
 
-def _check_workers(mesh, workers, axis):
+def _check_workers(mesh, workers, axis, specs):
   if (mesh is None) == (workers is None):
     raise ValueError(
       f'give either mesh (real devices) or workers (simulated on one device), '
@@ -265,6 +285,11 @@ def _check_workers(mesh, workers, axis):
     )
   if workers is not None and workers < 1:
     raise ValueError(f'workers must be at least 1, got {workers}.')
+  if mesh is None and specs is not None:
+    raise ValueError(
+      f'specs cut parameters over the devices of a mesh, and simulated workers '
+      f'have one device: got specs={specs!r} without mesh.'
+    )
 
 
 def _check_batch(batch, count):

@@ -142,7 +142,7 @@ def over_leaves(
     )
     if collectives.axis_size(axis) == 1:
       # A sum over one worker moves nothing; it marks the result as agreed.
-      agreed = jax.lax.psum(tree, axis) if agrees else tree
+      agreed = collectives.psum(tree, axis) if agrees else tree
       return agreed, jax.tree.map(to_float32, tree), state
     results, sents, state = exchange(
       [leaf.astype(jnp.float32) for leaf in leaves], state

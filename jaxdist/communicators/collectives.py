@@ -6,6 +6,7 @@ it are refused. These wrappers choose by context, so that the code above them
 is the same everywhere.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,6 +58,19 @@ def vary(tree: Any, axis: str) -> Any:
   )
 
 
+def psum(tree: Any, axis: str) -> Any:
+  """The sum over workers; the same on every worker, and known to be.
+
+  Over one worker, where ``shard_map`` does not track types, it is no operation
+  at all: XLA fails on a sum over one device beside axes that the partitioner
+  manages.
+  """
+  is_manual = axis in jax.sharding.get_abstract_mesh().manual_axes
+  if axis_size(axis) == 1 and is_manual and not is_tracked(axis):
+    return tree
+  return jax.lax.psum(tree, axis)
+
+
 def all_gather(x: jax.Array, axis: str) -> jax.Array:
   """All workers' ``x``, stacked; the same on every worker, and known to be."""
   if axis in compat.varying_axes(x):
@@ -73,3 +87,33 @@ def all_to_all(words: jax.Array, axis: str) -> jax.Array:
   """
   own = words + (0 * jax.lax.axis_index(axis)).astype(words.dtype)
   return jax.lax.all_to_all(own, axis, 0, 0)
+
+
+def shapes_inside(
+  fn: Callable[[Any], Any], in_specs: Any, arg: Any, **kwargs: Any
+) -> Any:
+  """Shapes of what ``fn(arg)`` returns inside ``jax.shard_map``.
+
+  ``shard_map`` wants the specs of a result whose structure only running it
+  tells.
+
+  Args:
+    fn: a function for the inside.
+    in_specs: of its argument.
+    arg: arrays or shapes, as seen from outside.
+    **kwargs: for ``jax.shard_map``.
+
+  Returns:
+    The result, with ``jax.ShapeDtypeStruct`` as leaves.
+  """
+  found = []
+
+  def probe(arg):
+    found.append(
+      jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), fn(arg))
+    )
+    return ()
+
+  mapped = jax.shard_map(probe, in_specs=(in_specs,), out_specs=(), **kwargs)
+  jax.eval_shape(mapped, arg)
+  return found[0]

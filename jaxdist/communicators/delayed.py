@@ -60,7 +60,7 @@ def delayed(communicator: base.Communicator) -> base.Communicator:
     pending = state.pending.value
     result, sent, inner = communicator.exchange(pending, state.communicator)
     ok = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(wide)])
-    bad = jax.lax.psum(1 - jnp.all(ok).astype(jnp.int32), axis)  # the wire
+    bad = collectives.psum(1 - jnp.all(ok).astype(jnp.int32), axis)  # the wire
     result = jax.tree.map(
       lambda r, x: jnp.where(bad > 0, jnp.nan, r).astype(x.dtype), result, tree
     )

@@ -97,15 +97,21 @@ def init(
       worker_init, everywhere, params, mesh=mesh, axis_names={axis}
     )
     run = _on_mesh(worker_init, everywhere, shapes, mesh, axis)
-  like, places = jax.eval_shape(run, params), None
-  if mesh is not None:
+  is_abstract = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+  if any(map(is_abstract, jax.tree.leaves(params))):
+    like = jax.eval_shape(run, params)
+    if mesh is None:
+      return like
     places = placement.state_shardings(like, mesh, axis, specs)
-  if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
-    return placement.placed_shapes(like, places) if places else like
+    return placement.placed_shapes(like, places)
+  places = None  # As run leaves them.
   if mesh is not None:
     params = jax.device_put(
       params, placement.param_shardings(params, mesh, axis, specs)
     )
+    if specs is not None:
+      like = jax.eval_shape(run, params)
+      places = placement.state_shardings(like, mesh, axis, specs)
   return jax.jit(run, out_shardings=places)(params)
 
 

@@ -3,3 +3,4 @@
 from jaxdist.accounting.program import traffic as traffic
 from jaxdist.accounting.table import Collective as Collective
 from jaxdist.accounting.table import Traffic as Traffic
+from jaxdist.accounting.topology import topology_mesh as topology_mesh

@@ -15,6 +15,7 @@ _COLUMNS = {
   'dtype': 'left',
   'shape': 'left',
   'axis': 'left',
+  'link': 'left',
   'group': 'right',
   'bytes': 'right',  # each time
   'times': 'right',  # a step
@@ -57,6 +58,9 @@ class Collective:
     bytes_sent: bytes that a device sends for each run.
     axis: mesh axes that the groups span, separated by commas; ``'?'`` if the
       groups are not those of axes of a mesh that was found.
+    link: the slowest link between devices of a group: ``'between slices'``
+      (the data-centre network) or ``'chip links'`` on TPUs; ``'between
+      hosts'`` or ``'inside a host'`` on others.
     group_size: devices in a group; the largest, where they differ.
     times: runs in a step. A collective in a branch that is taken every fifth
       step counts 1/5, in a loop of seven 7.
@@ -73,6 +77,7 @@ class Collective:
   operand_bytes: int
   bytes_sent: float
   axis: str
+  link: str
   group_size: int
   times: float
   source: str
@@ -86,6 +91,44 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Memory:
+  """What a device's memory holds for the program, in bytes.
+
+  Attributes:
+    arguments: what it reads.
+    outputs: what it returns.
+    temporaries: what it needs meanwhile.
+    aliased: outputs that take the place of donated arguments.
+    code: the program itself.
+  """
+
+  arguments: int
+  outputs: int
+  temporaries: int
+  aliased: int
+  code: int
+
+  @property
+  def total(self) -> int:
+    """All at once, donated arguments counted once."""
+    return (
+      self.arguments
+      + self.outputs
+      + self.temporaries
+      + self.code
+      - self.aliased
+    )
+
+  def __str__(self) -> str:
+    return (
+      f'Memory of a device: {_megabytes(self.total)} (arguments'
+      f' {_megabytes(self.arguments)}, outputs {_megabytes(self.outputs)} of'
+      f' which in place {_megabytes(self.aliased)}, temporaries'
+      f' {_megabytes(self.temporaries)}, code {_megabytes(self.code)}).'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Traffic:
   """What a device sends in one step, made by :func:`jaxdist.traffic`.
 
@@ -95,9 +138,11 @@ class Traffic:
   Attributes:
     rows: one for each array that a collective carries, in the order of the
       program's text.
+    memory: what a device's memory holds; None if the backend does not say.
   """
 
   rows: tuple[Collective, ...]
+  memory: Memory | None = None
 
   @property
   def bytes_a_step(self) -> float:
@@ -116,6 +161,10 @@ class Traffic:
     """Bytes a step for each mesh axis, or group of them."""
     return self._by(lambda row: row.axis)
 
+  def by_link(self) -> dict[str, float]:
+    """Bytes a step over each link."""
+    return self._by(lambda row: row.link)
+
   def by_kind(self) -> dict[str, float]:
     """Bytes a step for each kind of collective."""
     return self._by(lambda row: row.kind)
@@ -130,13 +179,16 @@ class Traffic:
     """The rows and totals as JSON.
 
     Returns:
-      An object with ``rows``, ``bytes_a_step`` and ``payload_bytes``.
+      An object with ``rows``, ``bytes_a_step``, ``payload_bytes``,
+      ``by_link`` and ``memory``.
     """
     return json.dumps(
       {
         'rows': [dataclasses.asdict(row) for row in self.rows],
         'bytes_a_step': self.bytes_a_step,
         'payload_bytes': self.payload_bytes,
+        'by_link': self.by_link(),
+        'memory': dataclasses.asdict(self.memory) if self.memory else None,
       },
       indent=2,
     )
@@ -151,9 +203,13 @@ class Traffic:
     Returns:
       An equal :class:`Traffic`.
     """
-    rows = json.loads(text)['rows']
+    parsed = json.loads(text)
     return cls(
-      tuple(Collective(**{**row, 'shape': tuple(row['shape'])}) for row in rows)
+      tuple(
+        Collective(**{**row, 'shape': tuple(row['shape'])})
+        for row in parsed['rows']
+      ),
+      memory=Memory(**parsed['memory']) if parsed['memory'] else None,
     )
 
   def __str__(self) -> str:
@@ -198,6 +254,7 @@ class Traffic:
         row.dtype,
         'x'.join(map(str, row.shape)) or 'scalar',
         row.axis,
+        row.link,
         str(row.group_size),
         _number(row.bytes_sent),
         _times(row),
@@ -209,7 +266,14 @@ class Traffic:
     ]
 
   def _footer(self) -> list[str]:
-    lines = [f'A device sends {_number(self.bytes_a_step)} bytes a step.']
+    links = '; '.join(
+      f'{link}: {_number(sent)}' for link, sent in self.by_link().items()
+    )
+    lines = [
+      f'A device sends {_number(self.bytes_a_step)} bytes a step ({links}).'
+    ]
+    if self.memory:
+      lines.append(str(self.memory))
     if any(row.in_unknown_branch for row in self.rows):
       lines.append(_BRANCH_NOTE)
     if any(row.in_unknown_loop for row in self.rows):
@@ -220,6 +284,10 @@ class Traffic:
 def _number(value: float) -> str:
   """Whole where it is whole, with two decimals where it is not."""
   return f'{value:,.0f}' if value == round(value) else f'{value:,.2f}'
+
+
+def _megabytes(value: int) -> str:
+  return f'{value / 1e6:,.1f} MB'
 
 
 def _times(row: Collective) -> str:

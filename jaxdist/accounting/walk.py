@@ -12,20 +12,7 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 
-from jaxdist.accounting import hlo
-
-COLLECTIVES = frozenset(
-  {
-    'all-reduce',
-    'all-gather',
-    'reduce-scatter',
-    'all-to-all',
-    'collective-permute',
-    'collective-broadcast',
-  }
-)
-# These send too, but how much is not in the program's shapes.
-_UNREADABLE = frozenset({'ragged-all-to-all', 'send', 'recv'})
+from jaxdist.accounting import hlo, transfers
 
 _BRANCH = re.compile(r'\bbranch_\d+_fun\b')
 _EVERY = re.compile(r'\bjaxdist\.every\.([1-9]\d*)')
@@ -36,8 +23,8 @@ class Run:
   """A collective and how often it runs in one call of the program.
 
   Attributes:
-    instruction: the collective, or the start of an asynchronous one.
-    operands: the instructions that it reads.
+    transfer: the collective.
+    computation: name of the one in whose schedule it is.
     times: mean number of runs in a step.
     in_unknown_branch: it is in a branch of unknown frequency, which ``times``
       counts as always taken.
@@ -45,16 +32,11 @@ class Run:
       as run once.
   """
 
-  instruction: hlo.Instruction
-  operands: tuple[hlo.Instruction, ...]
+  transfer: transfers.Transfer
+  computation: str
   times: Fraction
   in_unknown_branch: bool
   in_unknown_loop: bool
-
-  @property
-  def kind(self) -> str:
-    """The collective's name, the same for its asynchronous form."""
-    return kind(self.instruction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +51,6 @@ class _Branch:
 
   depth: int
   scopes: frozenset[int]
-
-
-def kind(instruction: hlo.Instruction) -> str:
-  """An instruction's opcode, without the ``-start`` of asynchronous ones."""
-  return instruction.opcode.removesuffix('-start')
 
 
 def every(op_name: str, depth: int) -> int | None:
@@ -124,23 +101,23 @@ def _visit(
 ) -> Iterator[Run]:
   """Walks a computation that runs ``times`` times if all branches are taken."""
   computation = program.computations[name]
+  opened: dict[str, list[transfers.Transfer]] = {}
+  for transfer in transfers.find(program, computation):
+    opened.setdefault(transfer.start, []).append(transfer)
   for instruction in computation.instructions.values():
-    opcode = kind(instruction)
-    if opcode in COLLECTIVES:
-      scopes = [_branch_every(instruction, branch) for branch in branches]
+    opcode = instruction.opcode
+    for transfer in opened.get(instruction.name, []):
+      scopes = [
+        _branch_every(transfer.instruction, branch) for branch in branches
+      ]
       yield Run(
-        instruction,
-        tuple(computation.operands(instruction)),
+        transfer,
+        name,
         times / math.prod(scope or 1 for scope in scopes),
         in_unknown_branch=None in scopes,
         in_unknown_loop=in_unknown_loop,
       )
-    elif opcode in _UNREADABLE:
-      raise NotImplementedError(
-        f'The bytes of {instruction.opcode!r} ({instruction.op_name}) cannot'
-        ' be read from the program.'
-      )
-    elif opcode == 'while':
+    if opcode == 'while':
       trips = trip_count(program, computation, instruction)
       unknown = in_unknown_loop or trips is None
       trips = 1 if trips is None else trips
@@ -163,10 +140,8 @@ def _visit(
         yield from _visit(
           program, branch, times, (*branches, inside), in_unknown_loop
         )
-    elif opcode in ('call', 'fusion', 'async', 'custom-call'):
-      for called in instruction.called(
-        'to_apply', 'calls', 'called_computations'
-      ):
+    elif opcode in ('call', 'custom-call'):
+      for called in instruction.called('to_apply', 'called_computations'):
         yield from _visit(program, called, times, branches, in_unknown_loop)
 
 

@@ -6,10 +6,15 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxdist.accounting import hlo
+from jaxdist.accounting.chips import chip_of
+from jaxdist.accounting.collective import Memory
 from jaxdist.accounting.links import Places
 from jaxdist.accounting.rows import rows
-from jaxdist.accounting.table import Memory, Traffic
+from jaxdist.accounting.schedule import Clocks
+from jaxdist.accounting.table import Traffic
 from jaxdist.accounting.topology import place
+from jaxdist.accounting.widened import notes
+from jaxdist.accounting.work import Estimate
 
 
 def traffic(
@@ -83,9 +88,9 @@ def traffic(
         'args and topology must be left out for a compiled program, which has'
         f' its own, got {len(args) + len(kwargs)} and {topology}.'
       )
-    compiled = step
+    traced, compiled = None, step
   elif isinstance(step, jax.stages.Wrapped):
-    compiled = _compile(step, args, kwargs, topology, slices)
+    traced, compiled = _compile(step, args, kwargs, topology, slices)
   else:
     raise ValueError(
       'step must be a jitted function (jax.jit(step)) or a compiled program,'
@@ -94,12 +99,25 @@ def traffic(
   text = compiled.as_text()
   if text is None:
     raise NotImplementedError('This backend does not show compiled programs.')
-  meshes = _meshes(
-    (args, kwargs), compiled.input_shardings, compiled.output_shardings
-  )
+  shardings = (compiled.input_shardings, compiled.output_shardings)
+  meshes = _meshes((args, kwargs), *shardings)
   program = hlo.parse(text)
-  places = Places.of(meshes, program.num_devices)
-  return Traffic(tuple(rows(program, places)), memory=_memory(compiled))
+  chip = chip_of(next(iter(jax.tree.leaves(shardings)[0].device_set)))
+  estimate = Estimate(program, chip)
+  clocks = Clocks(program, estimate)
+  sent = tuple(rows(program, Places.of(meshes, program.num_devices), clocks))
+  sending = {program.entry: 'program'} | {
+    row.schedule: row.within for row in sent
+  }
+  return Traffic(
+    sent,
+    memory=_memory(compiled),
+    work=estimate.computation(program.entry),
+    notes=notes(traced.jaxpr, sent) if traced else (),
+    schedules=tuple(
+      clocks.of(name).schedule(kind) for name, kind in sending.items()
+    ),
+  )
 
 
 def _compile(step, args, kwargs, topology, slices):
@@ -108,10 +126,12 @@ def _compile(step, args, kwargs, topology, slices):
       raise ValueError(
         f'slices must come with the topology of one of them, got {slices}.'
       )
-    return step.lower(*args, **kwargs).compile()
+    traced = step.trace(*args, **kwargs)
+    return traced, traced.lower().compile()
   args, kwargs = place((args, kwargs), topology, slices)
   try:
-    compiled = step.lower(*args, **kwargs).compile()
+    traced = step.trace(*args, **kwargs)
+    compiled = traced.lower().compile()
   except ValueError as error:
     if 'incompatible devices' not in str(error):
       raise
@@ -120,20 +140,19 @@ def _compile(step, args, kwargs, topology, slices):
       ' it over mesh=jd.topology_mesh(...), or over a jax.sharding.AbstractMesh'
       ' such as mesh.abstract_mesh.'
     ) from error
-  devices = {
+  shardings = (compiled.input_shardings, compiled.output_shardings)
+  platforms = {
     device.platform
-    for sharding in jax.tree.leaves(
-      (compiled.input_shardings, compiled.output_shardings)
-    )
+    for sharding in jax.tree.leaves(shardings)
     for device in sharding.device_set
   }
-  if devices != {'tpu'}:
+  if platforms != {'tpu'}:
     raise ValueError(
       'step or args must say over which axes they lie: give args a'
       ' NamedSharding, over jd.topology_mesh(...) or a'
       ' jax.sharding.AbstractMesh of the same axes.'
     )
-  return compiled
+  return traced, compiled
 
 
 def _meshes(*trees: Any) -> list[Mesh]:

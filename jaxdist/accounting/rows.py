@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from jaxdist.accounting import hlo, transfers, walk
+from jaxdist.accounting.collective import Collective
 from jaxdist.accounting.links import Places
-from jaxdist.accounting.table import Collective
+from jaxdist.accounting.schedule import Clocks
 
 # What tracing puts into a name by itself.
 _PLUMBING = re.compile(
@@ -23,12 +24,15 @@ _DTYPE_NAMES = {
 }
 
 
-def rows(program: hlo.Program, places: Places) -> Iterator[Collective]:
+def rows(
+  program: hlo.Program, places: Places, clocks: Clocks
+) -> Iterator[Collective]:
   """Lists what the devices of a program send.
 
   Args:
     program: a parsed program.
     places: its devices.
+    clocks: the schedules of its computations.
 
   Yields:
     A row for each array that a collective among several devices carries.
@@ -52,6 +56,8 @@ def rows(program: hlo.Program, places: Places) -> Iterator[Collective]:
     largest = max(groups, key=len, default=())
     if len(largest) <= 1:
       continue
+    clock = clocks.of(run.computation)
+    start, end = clock.interval(transfer.start, transfer.end)
     for array in transfer.arrays:
       yield Collective(
         kind=transfer.kind,
@@ -66,6 +72,12 @@ def rows(program: hlo.Program, places: Places) -> Iterator[Collective]:
         source=_source(transfer),
         in_unknown_branch=run.in_unknown_branch,
         in_unknown_loop=run.in_unknown_loop,
+        schedule=run.computation,
+        within=run.within,
+        start=start,
+        end=end,
+        matmuls=clock.num_matmuls,
+        matmuls_inside=clock.matmuls_between(transfer.start, transfer.end),
       )
 
 
@@ -113,15 +125,14 @@ def _dtype(name: str) -> str:
 
 def _source(transfer: transfers.Transfer) -> str:
   """The end of a collective's name in the traced function."""
-  name = transfer.instruction.op_name
-  if not name and transfer.rendezvous:
-    # psum.7_0, or all-gather.1_0 where the compiler made it.
-    return re.sub(r'(\.\d+)?_\d+$', '', transfer.rendezvous)
-  parts = name.split('/')
+  instruction = transfer.instruction
+  parts = instruction.op_name.split('/')
   if parts[0].startswith('jit('):
     del parts[0]  # The step itself.
   parts = [part for part in parts if not _PLUMBING.fullmatch(part)]
-  # JAX spells a psum whose result is the same everywhere psum_invariant.
-  return (
-    '/'.join(parts[-3:]).removesuffix('_invariant') or transfer.instruction.name
-  )
+  if name := '/'.join(parts[-3:]):
+    # JAX spells a psum whose result is the same everywhere psum_invariant.
+    return name.removesuffix('_invariant')
+  # TPU compilers drop most names: psum.7_0 of a meeting, all-gather.9 else.
+  name = transfer.rendezvous or instruction.name
+  return re.sub(r'(_invariant)?(-start)?(\.\d+)?(_\d+)?$', '', name)

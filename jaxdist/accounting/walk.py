@@ -25,6 +25,7 @@ class Run:
   Attributes:
     transfer: the collective.
     computation: name of the one in whose schedule it is.
+    within: what that is: ``'program'``, ``'loop'``, ``'branch'``, ``'call'``.
     times: mean number of runs in a step.
     in_unknown_branch: it is in a branch of unknown frequency, which ``times``
       counts as always taken.
@@ -34,6 +35,7 @@ class Run:
 
   transfer: transfers.Transfer
   computation: str
+  within: str
   times: Fraction
   in_unknown_branch: bool
   in_unknown_loop: bool
@@ -89,12 +91,13 @@ def collectives(program: hlo.Program) -> Iterator[Run]:
   Raises:
     NotImplementedError: if the program sends in a way that has no known size.
   """
-  yield from _visit(program, program.entry, Fraction(1), (), False)
+  yield from _visit(program, program.entry, 'program', Fraction(1), (), False)
 
 
 def _visit(
   program: hlo.Program,
   name: str,
+  within: str,
   times: Fraction,
   branches: tuple[_Branch, ...],
   in_unknown_loop: bool,
@@ -113,6 +116,7 @@ def _visit(
       yield Run(
         transfer,
         name,
+        within,
         times / math.prod(scope or 1 for scope in scopes),
         in_unknown_branch=None in scopes,
         in_unknown_loop=in_unknown_loop,
@@ -123,26 +127,57 @@ def _visit(
       trips = 1 if trips is None else trips
       (body,) = instruction.called('body')
       (condition,) = instruction.called('condition')
-      yield from _visit(program, body, times * trips, branches, unknown)
+      yield from _visit(program, body, 'loop', times * trips, branches, unknown)
       # Asked once more than it says yes.
       yield from _visit(
-        program, condition, times * (trips + 1), branches, unknown
+        program, condition, 'loop', times * (trips + 1), branches, unknown
       )
     elif opcode == 'conditional':
       # The compiler may have lost where the conditional comes from.
       depth = len(_BRANCH.split(instruction.op_name))
       if not instruction.op_name and branches:
         depth = branches[-1].depth + 1
-      for branch in instruction.called(
-        'branch_computations', 'true_computation', 'false_computation'
-      ):
+      for branch in _branches(instruction):
         inside = _Branch(depth, _scopes(program, branch, depth))
         yield from _visit(
-          program, branch, times, (*branches, inside), in_unknown_loop
+          program, branch, 'branch', times, (*branches, inside), in_unknown_loop
         )
     elif opcode in ('call', 'custom-call'):
       for called in instruction.called('to_apply', 'called_computations'):
-        yield from _visit(program, called, times, branches, in_unknown_loop)
+        yield from _visit(
+          program, called, 'call', times, branches, in_unknown_loop
+        )
+
+
+def branch_shares(
+  program: hlo.Program, conditional: hlo.Instruction
+) -> list[tuple[str, float]]:
+  """How often each branch of a ``conditional`` is taken.
+
+  Args:
+    program: the program.
+    conditional: the instruction.
+
+  Returns:
+    The computation of each branch, and the share of runs that take it: one in
+    ``K`` where its scope says so; the others share the rest alike.
+  """
+  depth = len(_BRANCH.split(conditional.op_name))
+  names = _branches(conditional)
+  scopes = [_scopes(program, name, depth) for name in names]
+  known = [1 / min(scope) if len(scope) == 1 else None for scope in scopes]
+  rest = max(0.0, 1 - sum(share for share in known if share))
+  unknown = known.count(None)
+  return [
+    (name, rest / unknown if share is None else share)
+    for name, share in zip(names, known, strict=True)
+  ]
+
+
+def _branches(conditional: hlo.Instruction) -> tuple[str, ...]:
+  return conditional.called(
+    'branch_computations', 'true_computation', 'false_computation'
+  )
 
 
 def _branch_every(instruction: hlo.Instruction, branch: _Branch) -> int | None:

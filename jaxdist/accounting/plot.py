@@ -1,11 +1,11 @@
 """A picture of a schedule: compute in one lane, each link in another."""
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
 
 from jaxdist.accounting.collective import Collective
 from jaxdist.accounting.schedule import Schedule
@@ -30,6 +30,8 @@ _LINKS = {
   '?': '#888888',
 }
 _BAR = 0.8
+_LETTER = 0.0061  # about the width of one in a label, as a share of the axis
+_MOST_LABELLED = 12  # lanes
 _BLOCKING = 0.004  # drawn width of a transfer with no compute beside it
 
 
@@ -65,24 +67,68 @@ def _rows_of(traffic: Any, schedule: Schedule) -> list[Collective]:
   return [row for row in traffic.rows if row.schedule == schedule.name]
 
 
-def _stacked(
-  rows: list[Collective],
-) -> dict[str, list[list[Collective]]]:
-  """For each link lines of transfers, of which none touches the next."""
-  links: dict[str, list[list[Collective]]] = {}
-  for row in sorted(rows, key=lambda row: (row.start, -row.end)):
-    lines = links.setdefault(row.link, [])
-    for line in lines:
-      if _drawn_end(line[-1]) <= row.start:
-        line.append(row)
+class _Bar(NamedTuple):
+  """A transfer as it is drawn.
+
+  Attributes:
+    row: the transfer.
+    end: of its bar.
+    left: of bar and label.
+    right: likewise.
+    label_at: where the label is anchored.
+    label_side: which end of the label is there.
+  """
+
+  row: Collective
+  end: float
+  left: float
+  right: float
+  label_at: float
+  label_side: str
+
+  @property
+  def label(self) -> str:
+    return _label(self.row)
+
+
+def _bar(row: Collective, labelled: bool) -> _Bar:
+  """Puts the label on the bar if it fits, else where there is room."""
+  end = max(row.end, row.start + _BLOCKING)
+  width = _LETTER * (len(_label(row)) + 2)
+  if not labelled or width < end - row.start:
+    return _Bar(row, end, row.start, end, (row.start + end) / 2, 'center')
+  if end + width < 1:
+    return _Bar(row, end, row.start, end + width, end + _LETTER, 'left')
+  left = row.start - width
+  return _Bar(row, end, left, end, row.start - _LETTER, 'right')
+
+
+def _lanes(rows: list[Collective], labelled: bool) -> list[list[_Bar]]:
+  """Lines of bars, of which none touches the next."""
+  lanes: list[list[_Bar]] = []
+  bars = [_bar(row, labelled) for row in rows]
+  for bar in sorted(bars, key=lambda bar: (bar.left, -bar.right)):
+    for lane in lanes:
+      if lane[-1].right <= bar.left:
+        lane.append(bar)
         break
     else:
-      lines.append([row])
-  return dict(sorted(links.items()))
+      lanes.append([bar])
+  return lanes
 
 
-def _drawn_end(row: Collective) -> float:
-  return max(row.end, row.start + _BLOCKING)
+def _stacked(rows: list[Collective]) -> dict[str, list[list[_Bar]]]:
+  """For each link its lanes; labels only where they leave few of them."""
+  links: dict[str, list[Collective]] = {}
+  for row in rows:
+    links.setdefault(row.link, []).append(row)
+  stacked = {}
+  for link in sorted(links):
+    lanes = _lanes(links[link], labelled=True)
+    if len(lanes) > _MOST_LABELLED:
+      lanes = _lanes(links[link], labelled=False)
+    stacked[link] = lanes
+  return stacked
 
 
 def _panel(axes: Any, schedule: Schedule, rows: list[Collective]) -> None:
@@ -97,17 +143,17 @@ def _panel(axes: Any, schedule: Schedule, rows: list[Collective]) -> None:
       linewidth=0.4 if span.kind != 'other' else 0,
     )
   ticks, labels, lane = [0.0], ['compute'], 1
-  for link, lines in _stacked(rows).items():
-    ticks.append(lane + (len(lines) - 1) / 2)
+  for link, lanes in _stacked(rows).items():
+    ticks.append(lane + (len(lanes) - 1) / 2)
     labels.append(link)
-    for line in lines:
-      for row in line:
-        _transfer(axes, lane, row)
+    for bars in lanes:
+      for bar in bars:
+        _transfer(axes, lane, bar, labelled=len(lanes) <= _MOST_LABELLED)
       lane += 1
   axes.set_yticks(ticks, labels)
   axes.set_ylim(lane - 0.4, -0.6)
   axes.set_xlim(0, 1)
-  axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+  axes.xaxis.set_major_formatter(PercentFormatter(1))
   axes.set_xlabel('share of compute')
   axes.spines[['top', 'right', 'left']].set_visible(False)
   axes.tick_params(axis='y', length=0)
@@ -130,29 +176,29 @@ def _panel(axes: Any, schedule: Schedule, rows: list[Collective]) -> None:
   )
 
 
-def _transfer(axes: Any, lane: int, row: Collective) -> None:
-  width = _drawn_end(row) - row.start
+def _transfer(axes: Any, lane: int, bar: _Bar, labelled: bool) -> None:
   axes.barh(
     lane,
-    width,
-    left=row.start,
+    bar.end - bar.row.start,
+    left=bar.row.start,
     height=_BAR,
-    color=_LINKS[row.link],
+    color=_LINKS[bar.row.link],
     edgecolor='white',
     linewidth=0.4,
   )
-  label = f'{row.kind} {_size(row.bytes_sent)}'
-  # About how much of the width a letter takes.
-  if width > 0.011 * len(label):
+  if labelled:
     axes.text(
-      row.start + width / 2, lane, label, ha='center', va='center', fontsize=7
+      bar.label_at,
+      lane,
+      bar.label,
+      ha=bar.label_side,
+      va='center',
+      fontsize=7,
     )
-  elif row.start < 0.7:
-    axes.text(
-      row.start + width + 0.004, lane, label, ha='left', va='center', fontsize=7
-    )
-  else:
-    axes.text(row.start - 0.004, lane, label, ha='right', va='center', fontsize=7)
+
+
+def _label(row: Collective) -> str:
+  return f'{row.kind} {_size(row.bytes_sent)}'
 
 
 def _size(num_bytes: float) -> str:

@@ -116,11 +116,11 @@ def test_trip_count_of_the_condition(start, bound, step, direction, times):
   )
   assert program.num_devices == 4
   reduced, gathered = walk.collectives(program)
-  assert (reduced.kind, reduced.times) == ('all-reduce', times)
+  assert (reduced.transfer.kind, reduced.times) == ('all-reduce', times)
   assert not reduced.in_unknown_loop
-  assert reduced.operands[0].arrays == (hlo.Array('f32', (10,)),)
+  assert reduced.transfer.arrays == (hlo.Array('f32', (10,)),)
   # The asynchronous one is counted once.
-  assert (gathered.kind, gathered.times) == ('all-gather', 1)
+  assert (gathered.transfer.kind, gathered.times) == ('all-gather', 1)
 
 
 def test_trip_count_that_cannot_be_known():

@@ -84,6 +84,7 @@ def test_psum(traffic_of):
       operand_bytes=96,
       bytes_sent=168.0,
       axis='data',
+      link='inside a host',
       group_size=8,
       times=1.0,
       source='psum',
@@ -464,7 +465,7 @@ def test_compiled_program(make_mesh):
   x = sharded(mesh, DATA, (16,))
   compiled = step.lower(x).compile()
   assert jd.traffic(compiled) == jd.traffic(step, x)
-  with pytest.raises(ValueError, match='args must be empty'):
+  with pytest.raises(ValueError, match='args and topology must be left out'):
     jd.traffic(compiled, x)
 
 
@@ -494,6 +495,7 @@ def row(**changes):
     'operand_bytes': 12000,
     'bytes_sent': 21000.0,
     'axis': 'data',
+    'link': 'chip links',
     'group_size': 8,
     'times': 1.0,
     'source': 'psum',
@@ -503,9 +505,9 @@ def row(**changes):
 
 TABLE = jd.Traffic(
   (
-    row(),
+    row(start=0.2, end=0.7),
     row(times=0.2, in_unknown_branch=True),
-    row(),
+    row(start=0.9, end=1.0),
     row(shape=(), operand_bytes=4, bytes_sent=16 / 3, group_size=3),
   )
 )
@@ -513,11 +515,11 @@ TABLE = jd.Traffic(
 
 def test_text():
   assert str(TABLE) == textwrap.dedent("""\
-    collective  dtype    shape   axis  group   bytes  times  count  bytes a step  source
-    all-reduce  float32  1000x3  data      8  21,000      1      2        42,000  psum
-    all-reduce  float32  1000x3  data      8  21,000   0.2?      1         4,200  psum
-    all-reduce  float32  scalar  data      3    5.33      1      1          5.33  psum
-    A device sends 46,205.33 bytes a step.
+    collective  dtype    shape   axis  link        group   bytes  times  count  bytes a step  overlap  source
+    all-reduce  float32  1000x3  data  chip links      8  21,000      1      2        42,000      30%  psum
+    all-reduce  float32  1000x3  data  chip links      8  21,000   0.2?      1         4,200       0%  psum
+    all-reduce  float32  scalar  data  chip links      3    5.33      1      1          5.33       0%  psum
+    A device sends 46,205.33 bytes a step (chip links: 46,205.33).
     ? in a branch of unknown frequency, counted as always taken""")  # noqa: E501
 
 

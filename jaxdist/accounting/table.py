@@ -4,8 +4,13 @@ import collections
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
+
+from jaxdist.accounting.collective import Collective, Memory
+from jaxdist.accounting.schedule import Schedule, Span
+from jaxdist.accounting.work import NO_WORK, Work
 
 _BRANCH_NOTE = '? in a branch of unknown frequency, counted as always taken'
 _LOOP_NOTE = '* in a loop of unknown length, counted as run once'
@@ -15,74 +20,15 @@ _COLUMNS = {
   'dtype': 'left',
   'shape': 'left',
   'axis': 'left',
+  'link': 'left',
   'group': 'right',
   'bytes': 'right',  # each time
   'times': 'right',  # a step
   'count': 'right',
   'bytes a step': 'right',
+  'overlap': 'right',  # share of the compute around it
   'source': 'left',
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-  r"""One array that a collective of the compiled program carries.
-
-  ``bytes_sent`` is what a ring algorithm makes a device send for each run of
-  the collective, the mean over the devices. With :math:`B` the device's
-  operand in bytes and :math:`W` the group's size:
-
-  ========================  =============================================
-  collective                bytes sent
-  ========================  =============================================
-  ``all-reduce``            :math:`2B(W-1)/W`
-  ``all-gather``            :math:`B(W-1)`
-  ``reduce-scatter``        :math:`B(W-1)/W`
-  ``all-to-all``            :math:`B(W-1)/W`
-  ``collective-broadcast``  :math:`B(W-1)/W`
-  ``collective-permute``    :math:`B`, times the share of devices that send
-                            to another one
-  ========================  =============================================
-
-  An ``all-gather`` is often stated by its output :math:`N = BW`, of which a
-  device sends :math:`N(W-1)/W`.
-
-  Attributes:
-    kind: the collective, as the compiler spells it.
-    dtype: the elements' type on the wire, by its JAX name. The compiler may
-      have widened it: CPUs add up bfloat16 as float32.
-    shape: shape of a device's operand. Where an ``all-to-all`` takes one chunk
-      for each device, the chunks are stacked.
-    operand_bytes: bytes of a device's operand.
-    bytes_sent: bytes that a device sends for each run.
-    axis: mesh axes that the groups span, separated by commas; ``'?'`` if the
-      groups are not those of axes of a mesh that was found.
-    group_size: devices in a group; the largest, where they differ.
-    times: runs in a step. A collective in a branch that is taken every fifth
-      step counts 1/5, in a loop of seven 7.
-    source: what opened it, the tail of its name in the traced function.
-    in_unknown_branch: it is in a branch of which nothing is known; ``times``
-      counts it as always taken.
-    in_unknown_loop: it is in a loop of unknown length; ``times`` counts it as
-      run once.
-  """
-
-  kind: str
-  dtype: str
-  shape: tuple[int, ...]
-  operand_bytes: int
-  bytes_sent: float
-  axis: str
-  group_size: int
-  times: float
-  source: str
-  in_unknown_branch: bool = False
-  in_unknown_loop: bool = False
-
-  @property
-  def bytes_a_step(self) -> float:
-    """Bytes that a device sends for it in a step, on average."""
-    return self.bytes_sent * self.times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +41,19 @@ class Traffic:
   Attributes:
     rows: one for each array that a collective carries, in the order of the
       program's text.
+    memory: what a device's memory holds; None if the backend does not say.
+    work: what a device computes in a step, estimated from shapes.
+    notes: what a reader should know, such as a type that is sent as another.
+    schedules: of the program, and of loops and branches that send.
   """
 
   rows: tuple[Collective, ...]
+  memory: Memory | None = None
+  work: Work = NO_WORK
+  notes: tuple[str, ...] = ()
+  schedules: tuple[Schedule, ...] = dataclasses.field(
+    default=(), compare=False, repr=False
+  )
 
   @property
   def bytes_a_step(self) -> float:
@@ -116,6 +72,10 @@ class Traffic:
     """Bytes a step for each mesh axis, or group of them."""
     return self._by(lambda row: row.axis)
 
+  def by_link(self) -> dict[str, float]:
+    """Bytes a step over each link."""
+    return self._by(lambda row: row.link)
+
   def by_kind(self) -> dict[str, float]:
     """Bytes a step for each kind of collective."""
     return self._by(lambda row: row.kind)
@@ -126,17 +86,45 @@ class Traffic:
       parts.setdefault(key(row), []).append(row.bytes_a_step)
     return {name: math.fsum(part) for name, part in sorted(parts.items())}
 
+  def plot_schedule(self, to: Any) -> None:
+    """Draws when transfers are open beside the compute that hides them.
+
+    A lane for compute and one for each link; the axis is compute, so that a
+    transfer that blocks is a line. Needs matplotlib.
+
+    Args:
+      to: a path of an image (one panel for the program, and one for each loop
+        and branch that sends), or the ``matplotlib`` axes to draw the
+        program's own panel on.
+    """
+    # matplotlib is an optional dependency.
+    from jaxdist.accounting import plot
+
+    plot.plot_schedule(self, to)
+
   def to_json(self) -> str:
-    """The rows and totals as JSON.
+    """All of it as JSON.
 
     Returns:
-      An object with ``rows``, ``bytes_a_step`` and ``payload_bytes``.
+      An object with the attributes and, for other readers, ``bytes_a_step``,
+      ``payload_bytes`` and ``by_link``, and for each row ``bytes_received`` and
+      ``overlap``.
     """
+    derived = ('bytes_received', 'overlap')
     return json.dumps(
       {
-        'rows': [dataclasses.asdict(row) for row in self.rows],
+        'rows': [
+          dataclasses.asdict(row)
+          | {name: getattr(row, name) for name in derived}
+          for row in self.rows
+        ],
         'bytes_a_step': self.bytes_a_step,
         'payload_bytes': self.payload_bytes,
+        'by_link': self.by_link(),
+        'memory': dataclasses.asdict(self.memory) if self.memory else None,
+        'work': self.work._asdict(),
+        'notes': self.notes,
+        'schedules': [dataclasses.asdict(each) for each in self.schedules],
       },
       indent=2,
     )
@@ -151,9 +139,25 @@ class Traffic:
     Returns:
       An equal :class:`Traffic`.
     """
-    rows = json.loads(text)['rows']
+    parsed = json.loads(text)
+    names = {field.name for field in dataclasses.fields(Collective)}
     return cls(
-      tuple(Collective(**{**row, 'shape': tuple(row['shape'])}) for row in rows)
+      tuple(
+        Collective(
+          **{k: v for k, v in row.items() if k in names}
+          | {'shape': tuple(row['shape'])}
+        )
+        for row in parsed['rows']
+      ),
+      memory=Memory(**parsed['memory']) if parsed['memory'] else None,
+      work=Work(**parsed['work']),
+      notes=tuple(parsed['notes']),
+      schedules=tuple(
+        Schedule(
+          **{**each, 'spans': tuple(Span(**span) for span in each['spans'])}
+        )
+        for each in parsed['schedules']
+      ),
     )
 
   def __str__(self) -> str:
@@ -198,18 +202,32 @@ class Traffic:
         row.dtype,
         'x'.join(map(str, row.shape)) or 'scalar',
         row.axis,
+        row.link,
         str(row.group_size),
         _number(row.bytes_sent),
         _times(row),
         str(count),
         _number(row.bytes_a_step * count),
+        f'{self._overlap(row):.0%}',
         row.source,
       ]
       for row, count in collections.Counter(self.rows).items()
     ]
 
+  def _overlap(self, equal: Collective) -> float:
+    """Mean over the rows that are shown as one."""
+    return statistics.fmean(r.overlap for r in self.rows if r == equal)
+
   def _footer(self) -> list[str]:
-    lines = [f'A device sends {_number(self.bytes_a_step)} bytes a step.']
+    links = '; '.join(
+      f'{link}: {_number(sent)}' for link, sent in self.by_link().items()
+    )
+    lines = [
+      f'A device sends {_number(self.bytes_a_step)} bytes a step ({links}).'
+    ]
+    if self.memory:
+      lines.append(str(self.memory))
+    lines += self.notes
     if any(row.in_unknown_branch for row in self.rows):
       lines.append(_BRANCH_NOTE)
     if any(row.in_unknown_loop for row in self.rows):

@@ -12,20 +12,7 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 
-from jaxdist.accounting import hlo
-
-COLLECTIVES = frozenset(
-  {
-    'all-reduce',
-    'all-gather',
-    'reduce-scatter',
-    'all-to-all',
-    'collective-permute',
-    'collective-broadcast',
-  }
-)
-# These send too, but how much is not in the program's shapes.
-_UNREADABLE = frozenset({'ragged-all-to-all', 'send', 'recv'})
+from jaxdist.accounting import hlo, transfers
 
 _BRANCH = re.compile(r'\bbranch_\d+_fun\b')
 _EVERY = re.compile(r'\bjaxdist\.every\.([1-9]\d*)')
@@ -36,8 +23,9 @@ class Run:
   """A collective and how often it runs in one call of the program.
 
   Attributes:
-    instruction: the collective, or the start of an asynchronous one.
-    operands: the instructions that it reads.
+    transfer: the collective.
+    computation: name of the one in whose schedule it is.
+    within: what that is: ``'program'``, ``'loop'``, ``'branch'``, ``'call'``.
     times: mean number of runs in a step.
     in_unknown_branch: it is in a branch of unknown frequency, which ``times``
       counts as always taken.
@@ -45,16 +33,12 @@ class Run:
       as run once.
   """
 
-  instruction: hlo.Instruction
-  operands: tuple[hlo.Instruction, ...]
+  transfer: transfers.Transfer
+  computation: str
+  within: str
   times: Fraction
   in_unknown_branch: bool
   in_unknown_loop: bool
-
-  @property
-  def kind(self) -> str:
-    """The collective's name, the same for its asynchronous form."""
-    return kind(self.instruction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +53,6 @@ class _Branch:
 
   depth: int
   scopes: frozenset[int]
-
-
-def kind(instruction: hlo.Instruction) -> str:
-  """An instruction's opcode, without the ``-start`` of asynchronous ones."""
-  return instruction.opcode.removesuffix('-start')
 
 
 def every(op_name: str, depth: int) -> int | None:
@@ -112,62 +91,93 @@ def collectives(program: hlo.Program) -> Iterator[Run]:
   Raises:
     NotImplementedError: if the program sends in a way that has no known size.
   """
-  yield from _visit(program, program.entry, Fraction(1), (), False)
+  yield from _visit(program, program.entry, 'program', Fraction(1), (), False)
 
 
 def _visit(
   program: hlo.Program,
   name: str,
+  within: str,
   times: Fraction,
   branches: tuple[_Branch, ...],
   in_unknown_loop: bool,
 ) -> Iterator[Run]:
   """Walks a computation that runs ``times`` times if all branches are taken."""
   computation = program.computations[name]
+  opened: dict[str, list[transfers.Transfer]] = {}
+  for transfer in transfers.find(program, computation):
+    opened.setdefault(transfer.start, []).append(transfer)
   for instruction in computation.instructions.values():
-    opcode = kind(instruction)
-    if opcode in COLLECTIVES:
-      scopes = [_branch_every(instruction, branch) for branch in branches]
+    opcode = instruction.opcode
+    for transfer in opened.get(instruction.name, []):
+      scopes = [
+        _branch_every(transfer.instruction, branch) for branch in branches
+      ]
       yield Run(
-        instruction,
-        tuple(computation.operands(instruction)),
+        transfer,
+        name,
+        within,
         times / math.prod(scope or 1 for scope in scopes),
         in_unknown_branch=None in scopes,
         in_unknown_loop=in_unknown_loop,
       )
-    elif opcode in _UNREADABLE:
-      raise NotImplementedError(
-        f'The bytes of {instruction.opcode!r} ({instruction.op_name}) cannot'
-        ' be read from the program.'
-      )
-    elif opcode == 'while':
+    if opcode == 'while':
       trips = trip_count(program, computation, instruction)
       unknown = in_unknown_loop or trips is None
       trips = 1 if trips is None else trips
       (body,) = instruction.called('body')
       (condition,) = instruction.called('condition')
-      yield from _visit(program, body, times * trips, branches, unknown)
+      yield from _visit(program, body, 'loop', times * trips, branches, unknown)
       # Asked once more than it says yes.
       yield from _visit(
-        program, condition, times * (trips + 1), branches, unknown
+        program, condition, 'loop', times * (trips + 1), branches, unknown
       )
     elif opcode == 'conditional':
       # The compiler may have lost where the conditional comes from.
       depth = len(_BRANCH.split(instruction.op_name))
       if not instruction.op_name and branches:
         depth = branches[-1].depth + 1
-      for branch in instruction.called(
-        'branch_computations', 'true_computation', 'false_computation'
-      ):
+      for branch in _branches(instruction):
         inside = _Branch(depth, _scopes(program, branch, depth))
         yield from _visit(
-          program, branch, times, (*branches, inside), in_unknown_loop
+          program, branch, 'branch', times, (*branches, inside), in_unknown_loop
         )
-    elif opcode in ('call', 'fusion', 'async', 'custom-call'):
-      for called in instruction.called(
-        'to_apply', 'calls', 'called_computations'
-      ):
-        yield from _visit(program, called, times, branches, in_unknown_loop)
+    elif opcode in ('call', 'custom-call'):
+      for called in instruction.called('to_apply', 'called_computations'):
+        yield from _visit(
+          program, called, 'call', times, branches, in_unknown_loop
+        )
+
+
+def branch_shares(
+  program: hlo.Program, conditional: hlo.Instruction
+) -> list[tuple[str, float]]:
+  """How often each branch of a ``conditional`` is taken.
+
+  Args:
+    program: the program.
+    conditional: the instruction.
+
+  Returns:
+    The computation of each branch, and the share of runs that take it: one in
+    ``K`` where its scope says so; the others share the rest alike.
+  """
+  depth = len(_BRANCH.split(conditional.op_name))
+  names = _branches(conditional)
+  scopes = [_scopes(program, name, depth) for name in names]
+  known = [1 / min(scope) if len(scope) == 1 else None for scope in scopes]
+  rest = max(0.0, 1 - sum(share for share in known if share))
+  unknown = known.count(None)
+  return [
+    (name, rest / unknown if share is None else share)
+    for name, share in zip(names, known, strict=True)
+  ]
+
+
+def _branches(conditional: hlo.Instruction) -> tuple[str, ...]:
+  return conditional.called(
+    'branch_computations', 'true_computation', 'false_computation'
+  )
 
 
 def _branch_every(instruction: hlo.Instruction, branch: _Branch) -> int | None:

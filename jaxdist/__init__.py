@@ -29,6 +29,14 @@ from jaxdist.compressors import ternary as ternary
 from jaxdist.compressors import top_k as top_k
 from jaxdist.outer import diloco as diloco
 from jaxdist.outer import local_sgd as local_sgd
+from jaxdist.planning import LINKS as LINKS
+from jaxdist.planning import Advice as Advice
+from jaxdist.planning import Candidate as Candidate
+from jaxdist.planning import Link as Link
+from jaxdist.planning import StepTime as StepTime
+from jaxdist.planning import advise as advise
+from jaxdist.planning import break_even as break_even
+from jaxdist.planning import step_time as step_time
 from jaxdist.resize import resize as resize
 from jaxdist.state import PerWorker as PerWorker
 from jaxdist.state import local as local

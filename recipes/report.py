@@ -1,15 +1,12 @@
 """What a comparison found: a table for the terminal, a page to keep."""
 
 import html
-import io
 import json
 import math
-import re
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+from page import COLORS, duration, html_table, page, size, svg
 from record import Run
 from rich.table import Table
 
@@ -25,37 +22,6 @@ UNITS = (
   'Validation loss in nats a byte. Sent a step: by each worker, read from the '
   'compiled program.'
 )
-# Readable on white and on black.
-COLORS = ('#3d7edb', '#e0701b', '#2f9e6e', '#a55bd0')
-# Stands for the colour of the page's text, light or dark.
-TEXT = '#0a0b0c'
-
-
-def size(count: float) -> str:
-  """A number of bytes with three digits and a unit.
-
-  >>> size(0), size(999), size(3_413_504), size(5e12)
-  ('0 B', '999 B', '3.41 MB', '5 TB')
-  """
-  for unit in ('B', 'kB', 'MB', 'GB'):
-    if count < 999.5:
-      return f'{count:.3g} {unit}'
-    count /= 1000
-  return f'{count:.3g} TB'
-
-
-def duration(seconds: float) -> str:
-  """Milliseconds, seconds or minutes.
-
-  >>> duration(0.2801), duration(12.34), duration(61)
-  ('280 ms', '12.3 s', '1 min 1 s')
-  """
-  if seconds < 1:
-    return f'{1000 * seconds:.3g} ms'
-  if seconds < 59.95:
-    return f'{seconds:.1f} s'
-  minutes, seconds = divmod(round(seconds), 60)
-  return f'{minutes} min {seconds} s'
 
 
 def ratio(dense: Run, other: Run) -> str:
@@ -107,8 +73,7 @@ def write(path, runs: list[Run], title: str, facts: dict[str, Any]) -> None:
   senders = [run for run in runs if run.traffic.bytes_a_step]
   bars = sum(len(collectives(run)) for run in senders)
   nothing = '<p>No run sends anything.</p>'
-  text = PAGE.format(
-    title=html.escape(title),
+  body = BODY.format(
     summary=html.escape(summary(runs)),
     table=html_table(COLUMNS, rows(runs)),
     units=html.escape(UNITS),
@@ -138,7 +103,7 @@ def write(path, runs: list[Run], title: str, facts: dict[str, Any]) -> None:
       ],
     ),
   )
-  path.write_text(text, encoding='utf-8')
+  path.write_text(page(title, body), encoding='utf-8')
 
 
 def summary(runs: list[Run]) -> str:
@@ -155,20 +120,6 @@ def summary(runs: list[Run]) -> str:
       f'{size(dense.traffic.bytes_a_step)}: {ratio(dense, run)}.'
     )
   return ' '.join(words)
-
-
-def html_table(columns, cells) -> str:
-  """An HTML table of plain text."""
-
-  def line(tag, row):
-    return ''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in row)
-
-  body = ''.join(f'<tr>{line("td", row)}</tr>\n' for row in cells)
-  return (
-    '<div class="scroll"><table>\n'
-    f'<thead><tr>{line("th", columns)}</tr></thead>\n'
-    f'<tbody>\n{body}</tbody>\n</table></div>'
-  )
 
 
 def collectives(run: Run) -> dict[str, tuple[int, float]]:
@@ -264,88 +215,7 @@ def draw_by_collective(axes, runs: list[Run]) -> None:
   axes.tick_params(axis='y', length=0)
 
 
-STYLE = {
-  'font.size': 10,
-  'text.color': TEXT,
-  'axes.labelcolor': TEXT,
-  'axes.edgecolor': TEXT,
-  'xtick.color': TEXT,
-  'ytick.color': TEXT,
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.grid': True,
-  'axes.axisbelow': True,
-  'grid.color': TEXT,
-  'grid.alpha': 0.12,
-}
-
-
-def svg(draw, runs: list[Run], label: str, height: float = 4.0) -> str:
-  """What ``draw`` draws, as an SVG element in the page's text colour."""
-  file = io.StringIO()
-  # Names inside differ between the figures of a page, not between reports.
-  with matplotlib.rc_context({**STYLE, 'svg.hashsalt': label}):
-    # A figure made without pyplot needs no display and no backend.
-    figure = Figure(figsize=(8, height), layout='constrained')
-    draw(figure.subplots(), runs)
-    figure.savefig(file, format='svg', transparent=True)
-  text = file.getvalue()
-  text = text[text.index('<svg') :]
-  text = re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
-  # HTML knows these names without being told where they are defined.
-  text = re.sub(r' xmlns(:\w+)?="[^"]*"', '', text)
-  text = text.replace(TEXT, 'currentColor')
-  return text.replace('<svg', f'<svg role="img" aria-label="{label}"', 1)
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-  :root {{
-    --page: #fcfcfb; --text: #1d1f23; --quiet: #5d636d; --line: #dfe1e5;
-    --card: #ffffff;
-  }}
-  @media (prefers-color-scheme: dark) {{
-    :root {{
-      --page: #131519; --text: #e4e6ea; --quiet: #9aa1ac; --line: #30343c;
-      --card: #1a1d22;
-    }}
-  }}
-  body {{
-    max-width: 54rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem;
-    background: var(--page); color: var(--text);
-    font: 1rem/1.55 system-ui, sans-serif;
-  }}
-  h1 {{ margin: 0 0 .5rem; font-size: 1.6rem; line-height: 1.25; }}
-  h2 {{ margin: 2.5rem 0 .75rem; font-size: 1.1rem; }}
-  p {{ margin: 0 0 1.25rem; color: var(--quiet); }}
-  figure {{
-    margin: 0; padding: 1rem; background: var(--card);
-    border: 1px solid var(--line); border-radius: .5rem;
-  }}
-  svg {{ display: block; width: 100%; height: auto; }}
-  .scroll {{ overflow-x: auto; }}
-  table {{
-    width: 100%; border-collapse: collapse; font-size: .92rem;
-    font-variant-numeric: tabular-nums;
-  }}
-  th, td {{
-    padding: .4rem .75rem; border-bottom: 1px solid var(--line);
-    text-align: right; white-space: nowrap;
-  }}
-  th {{ color: var(--quiet); font-weight: 600; }}
-  th:first-child, td:first-child {{ padding-left: 0; text-align: left; }}
-  .facts :is(th, td) {{ text-align: left; }}
-  .facts td:last-child {{ white-space: normal; overflow-wrap: anywhere; }}
-  .units {{ margin-top: .5rem; font-size: .85rem; }}
-  figure + .scroll {{ margin-top: 1rem; }}
-</style>
-<h1>{title}</h1>
-<p>{summary}</p>
+BODY = """<p>{summary}</p>
 {table}
 <p class="units">{units}</p>
 <h2>Loss over steps</h2>
@@ -360,5 +230,4 @@ that runs every few steps counts for its share. Mind the logarithmic scale.</p>
 {collectives}
 <h2>Settings and versions</h2>
 <div class="facts">{facts}</div>
-</html>
 """

@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 from jaxtyping import Array, Int32
 
 from jaxdist import state as worker_state
@@ -39,7 +45,7 @@ def init(
   params: optax.Params,
   *,
   axis: str,
-  mesh: Mesh | None = None,
+  mesh: Mesh | AbstractMesh | None = None,
   workers: int | None = None,
 ) -> TrainState:
   """Makes the state of a training run, placed on the workers.
@@ -49,7 +55,9 @@ def init(
     params: the parameters, the same for all workers. Shapes and dtypes
       (``jax.ShapeDtypeStruct``) give the state's shapes, dtypes and shardings.
     axis: name of the axis that the workers lie along.
-    mesh: the devices; one worker for each position along ``axis``.
+    mesh: the devices; one worker for each position along ``axis``. For
+      :func:`jaxdist.traffic` an abstract mesh will do, with shapes as
+      ``params``.
     workers: instead of ``mesh``, so many simulated workers on one device.
 
   Returns:
@@ -100,7 +108,7 @@ def train_step(
   tx: optax.GradientTransformation,
   *,
   axis: str,
-  mesh: Mesh | None = None,
+  mesh: Mesh | AbstractMesh | None = None,
   workers: int | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
   r"""Makes a compiled step: each worker's gradient, then ``tx``, then the sum.

@@ -4,7 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 from jaxdist.state import PerShard, PerWorker, is_per_worker, shard_spec
 
@@ -81,7 +87,9 @@ def shard_shape(
   return tuple(cut)
 
 
-def param_shardings(params: Any, mesh: Mesh, axis: str, specs: Any) -> Any:
+def param_shardings(
+  params: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any
+) -> Any:
   """Shardings of the parameters, the same for all workers.
 
   Args:
@@ -117,7 +125,9 @@ def param_shardings(params: Any, mesh: Mesh, axis: str, specs: Any) -> Any:
   return treedef.unflatten(shardings)
 
 
-def state_shardings(state: Any, mesh: Mesh, axis: str, specs: Any) -> Any:
+def state_shardings(
+  state: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any
+) -> Any:
   """Shardings of a :class:`jaxdist.TrainState`.
 
   A leaf that is shaped as a parameter and whose path ends as the parameter's,
@@ -173,7 +183,7 @@ def state_shardings(state: Any, mesh: Mesh, axis: str, specs: Any) -> Any:
 
 
 def batch_sharding(
-  mesh: Mesh, axis: str, batch_spec: PartitionSpec | None
+  mesh: Mesh | AbstractMesh, axis: str, batch_spec: PartitionSpec | None
 ) -> NamedSharding:
   """Sharding of a batch whose leading axis is divided among the workers.
 
@@ -198,7 +208,9 @@ def placed_shapes(shapes: Any, shardings: Any) -> Any:
   )
 
 
-def _as_compiled(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+def _as_compiled(
+  spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
   """A spec as a compiled program gives it back: without axes of one device.
 
   With another spelling of the same placement a second step would compile anew.

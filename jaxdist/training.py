@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Int32
 
 from jaxdist import placement
@@ -40,7 +40,7 @@ def init(
   params: optax.Params,
   *,
   axis: str,
-  mesh: Mesh | None = None,
+  mesh: Mesh | AbstractMesh | None = None,
   workers: int | None = None,
   specs: Any = None,
 ) -> TrainState:
@@ -52,7 +52,8 @@ def init(
       (``jax.ShapeDtypeStruct``) give the state's shapes, dtypes and shardings.
     axis: name of the axis that the workers lie along.
     mesh: the devices; one worker for each position along ``axis``, of all the
-      devices along the mesh's other axes.
+      devices along the mesh's other axes. For :func:`jaxdist.traffic` an
+      abstract mesh will do, with shapes as ``params``.
     workers: instead of ``mesh``, so many simulated workers on one device.
     specs: a :class:`jax.sharding.PartitionSpec` for each parameter, over the
       other axes of the mesh: how FSDP or tensor parallelism cuts it inside a
@@ -120,7 +121,7 @@ def train_step(
   tx: optax.GradientTransformation,
   *,
   axis: str,
-  mesh: Mesh | None = None,
+  mesh: Mesh | AbstractMesh | None = None,
   workers: int | None = None,
   specs: Any = None,
   batch_spec: PartitionSpec | None = None,

@@ -1,5 +1,7 @@
 """Where the workers live: a device each, or all simulated on one."""
 
+import glob
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,10 @@ def prepare_devices(workers: int | None) -> None:
   Args:
     workers: how many; None for the usual number.
   """
+  if not glob.glob('/dev/accel[0-9]*') + glob.glob('/dev/vfio/[0-9]*'):
+    # A TPU compiler without a TPU complains unless it is told where it is.
+    os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
+    os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   platforms = jax.config.jax_platforms
   if platforms and 'cpu' not in platforms.split(','):
     jax.config.update('jax_platforms', f'{platforms},cpu')

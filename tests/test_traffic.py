@@ -348,8 +348,15 @@ def test_psum_scatter(traffic_of):
 
 
 def test_bfloat16_is_widened_on_cpu(traffic_of):
-  (row,) = traffic_of(lambda x: psum(x.astype(jnp.bfloat16))).rows
+  sent = traffic_of(lambda x: psum(x.astype(jnp.bfloat16)))
+  (row,) = sent.rows
   assert (row.dtype, row.bytes_sent) == ('float32', 168)
+  assert 'bfloat16 is sent as float32' in str(sent)
+  assert traffic_of(psum).notes == ()
+  # Of one size, so that the compiler sums both at once.
+  both = lambda x: psum(x.astype(jnp.bfloat16)) + psum(jnp.cos(x))
+  (note,) = traffic_of(both).notes
+  assert note.startswith('bfloat16 is sent as float32')
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ class Collective:
                             to another one
   ========================  =============================================
 
+  :math:`B` is what the operand takes in memory, on TPUs with padding.
   An ``all-gather`` is often stated by its output :math:`N = BW`, of which a
   device sends :math:`N(W-1)/W`.
 
@@ -32,7 +33,7 @@ class Collective:
       have widened it: CPUs add up bfloat16 as float32.
     shape: shape of a device's operand. Where an ``all-to-all`` takes one chunk
       for each device, the chunks are stacked.
-    operand_bytes: bytes of a device's operand.
+    operand_bytes: bytes of the numbers of a device's operand.
     bytes_sent: bytes that a device sends for each run.
     axis: mesh axes that the groups span, separated by commas; ``'?'`` if the
       groups are not those of axes of a mesh that was found.
@@ -47,6 +48,8 @@ class Collective:
       counts it as always taken.
     in_unknown_loop: it is in a loop of unknown length; ``times`` counts it as
       run once.
+    padding_sent: the part of ``bytes_sent`` that is no number: TPUs send whole
+      tiles, mostly of 8 x 128, of the two most minor dimensions.
     within: what it is scheduled in: the ``'program'``, the body of a
       ``'loop'``, a ``'branch'``, or a ``'call'``. Like all that follows, it is
       no part of what makes rows equal.
@@ -74,6 +77,7 @@ class Collective:
   source: str
   in_unknown_branch: bool = False
   in_unknown_loop: bool = False
+  padding_sent: float = 0.0
   within: str = dataclasses.field(default='program', compare=False)
   schedule: str = dataclasses.field(default='', compare=False)
   start: float = dataclasses.field(default=0.0, compare=False)

@@ -15,7 +15,10 @@ _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?(\S+) = (.*)$')
 _INDEX_COMMENT = re.compile(r'/\*index=\d+\*/')
 _OPCODE = re.compile(r'\s*([a-z][\w\-]*)\(')
 _NAME = re.compile(r'%([\w.\-]+)')
-_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,<= ]*)\]')
+_ARRAY = re.compile(
+  r'\b([a-z]\w*)\[([\d,<= ]*)\]'
+  r'(?:\{([\d,]*):T\(([\d,]+)\))?'  # {1,0:T(8,128)}: the order, then tiles
+)
 _OP_NAME = re.compile(r'\bop_name="((?:[^"\\]|\\.)*)"')
 
 _IOTA = re.compile(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
@@ -32,17 +35,32 @@ Groups = tuple[tuple[int, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """Element type, as the compiler spells it, and shape of one array."""
+  """One array.
+
+  Attributes:
+    dtype: element type, as the compiler spells it.
+    shape: of its numbers.
+    padded: shape in memory, where that is made of whole tiles, as on TPUs.
+  """
 
   dtype: str
   shape: tuple[int, ...]
+  padded: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
   @property
   def num_bytes(self) -> int:
     """Bytes of the elements, those below a byte packed."""
+    return self._bytes_of(self.shape)
+
+  @property
+  def memory_bytes(self) -> int:
+    """The same with the padding."""
+    return self._bytes_of(self.padded or self.shape)
+
+  def _bytes_of(self, shape: tuple[int, ...]) -> int:
     width = re.search(r'\d+', self.dtype)  # f32, u4, f8e4m3fn; not pred
     bits = int(width.group()) if width else 8
-    return -(-math.prod(self.shape) * bits // 8)
+    return -(-math.prod(shape) * bits // 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,10 +222,40 @@ def arrays(text: str) -> tuple[Array, ...]:
     (Array(dtype='f32', shape=(8, 16)), Array(dtype='pred', shape=()))
   """
   return tuple(
-    Array(dtype, tuple(map(int, re.findall(r'\d+', dims))))
-    for dtype, dims in _ARRAY.findall(text)
+    Array(dtype, _ints(dims), _padded(_ints(dims), _ints(order), _ints(tile)))
+    for dtype, dims, order, tile in _ARRAY.findall(text)
     if dtype != 'token'
   )
+
+
+def _padded(
+  shape: tuple[int, ...], order: tuple[int, ...], tile: tuple[int, ...]
+) -> tuple[int, ...] | None:
+  """A shape in whole tiles, which lie in its most minor dimensions.
+
+  Args:
+    shape: of the numbers.
+    order: dimensions, the most minor first.
+    tile: sizes of a tile, the most minor last.
+
+  Returns:
+    The shape, or None where there are no tiles.
+
+  Examples:
+    >>> _padded((3, 24, 20), (2, 1, 0), (8, 128))
+    (3, 24, 128)
+    >>> _padded((), (), (128,))
+    (128,)
+  """
+  if not tile:
+    return None
+  if len(shape) < len(tile):
+    shape, order = (1, *shape), (*(dim + 1 for dim in order), 0)
+    return _padded(shape, order, tile)
+  padded = list(shape)
+  for dim, size in zip(order, reversed(tile), strict=False):
+    padded[dim] = -(-padded[dim] // size) * size
+  return tuple(padded)
 
 
 def replica_groups(attributes: str, num_devices: int) -> Groups:

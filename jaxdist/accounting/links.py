@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -54,12 +55,9 @@ class Places:
     """From the program's numbers to positions in :attr:`devices`."""
     if not self.devices:
       return numbers
-    by_slice: dict[int, list[int]] = {}
-    for position, device in enumerate(self.devices):
-      by_slice.setdefault(_slice_if_tpu(device), []).append(position)
     return tuple(
       tuple(positions[number] for number in group)
-      for positions in by_slice.values()
+      for positions in self._by_slice
       for group in numbers
     )
 
@@ -110,7 +108,7 @@ class Places:
 
   def axis_of_groups(self, groups: hlo.Groups) -> str:
     """The axes of the first mesh whose lines, or planes, the groups are."""
-    for shape, places in self._numbered():
+    for shape, places in self._numbered:
       axes = _differing([places[i] for i in groups[0]], shape)
       numbers = np.arange(math.prod(shape.values())).reshape(
         tuple(shape.values())
@@ -126,7 +124,7 @@ class Places:
 
   def axis_of_pairs(self, pairs: hlo.Groups) -> str:
     """The axes of the first mesh along which senders and receivers differ."""
-    for shape, places in self._numbered():
+    for shape, places in self._numbered:
       axes = {
         axis
         for pair in pairs
@@ -135,12 +133,23 @@ class Places:
       return _names(sorted(axes), shape)
     return UNKNOWN
 
-  def _numbered(self):
+  @functools.cached_property
+  def _by_slice(self) -> list[list[int]]:
+    """Positions of the devices of each slice."""
+    found: dict[int, list[int]] = {}
+    for position, device in enumerate(self.devices):
+      found.setdefault(_slice_if_tpu(device), []).append(position)
+    return list(found.values())
+
+  @functools.cached_property
+  def _numbered(self) -> list[tuple[dict[str, int], list[int]]]:
     """Each mesh's shape, and where in it each of ``devices`` is."""
+    found = []
     for shape, devices in self.meshes:
       place = {device: i for i, device in enumerate(devices)}
       if place.keys() == set(self.devices):
-        yield shape, [place[device] for device in self.devices]
+        found.append((shape, [place[device] for device in self.devices]))
+    return found
 
 
 def _num_slices(devices) -> int:

@@ -45,18 +45,27 @@ def traffic(
   Collectives among one device are copies and not listed. What kernels send by
   themselves (remote copies in a custom call) is not seen.
 
+  For a pod that is not there, give ``step`` and its arguments a mesh of
+  :func:`jaxdist.topology_mesh`; or make them over an abstract mesh, or over one
+  of as many other devices if ``step`` itself is bound to none, and say
+  ``topology``: the same step can then be read for many pods.
+
   Args:
     step: a jitted function, or a program that was compiled from one.
     *args: its arguments: arrays, or :class:`jax.ShapeDtypeStruct` with
       shardings. None for a compiled program.
+    topology: TPU slice to compile for, such as ``'v5e:4x4'``; if left out, the
+      devices that the arguments lie on.
+    slices: number of such slices.
     **kwargs: its keyword arguments, likewise.
 
   Returns:
     A :class:`Traffic`: a table to print, with totals.
 
   Raises:
-    ValueError: if ``step`` is not jitted, or a compiled program is given
-      arguments.
+    ValueError: if ``step`` is not jitted, a compiled program is given
+      arguments, the topology is unknown, or a mesh does not fit it.
+    ImportError: if ``topology`` is given and its compiler is not installed.
     NotImplementedError: if the program sends in a way whose bytes cannot be
       read from it, such as ``ragged_all_to_all``.
 

@@ -61,6 +61,11 @@ class Traffic:
     return math.fsum(row.bytes_a_step for row in self.rows)
 
   @property
+  def padding_a_step(self) -> float:
+    """The part of :attr:`bytes_a_step` that only fills tiles."""
+    return math.fsum(row.padding_sent * row.times for row in self.rows)
+
+  @property
   def payload_bytes(self) -> float:
     """Bytes of a device's operands in a step, before any algorithm.
 
@@ -225,6 +230,12 @@ class Traffic:
     lines = [
       f'A device sends {_number(self.bytes_a_step)} bytes a step ({links}).'
     ]
+    if self.padding_a_step:
+      share = self.padding_a_step / self.bytes_a_step
+      lines.append(
+        f'{share:.0%} of it is padding: whole tiles are sent, whatever the'
+        ' shape.'
+      )
     if self.memory:
       lines.append(str(self.memory))
     lines += self.notes

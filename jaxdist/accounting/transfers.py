@@ -207,7 +207,9 @@ def _carried(
     for array in operand.arrays
   )
   if kind == 'all-to-all' and len(arrays) > 1 and len(set(arrays)) == 1:
-    return (hlo.Array(arrays[0].dtype, (len(arrays), *arrays[0].shape)),)
+    chunk, count = arrays[0], (len(arrays),)
+    padded = count + chunk.padded if chunk.padded else None
+    return (hlo.Array(chunk.dtype, count + chunk.shape, padded),)
   return arrays
 
 

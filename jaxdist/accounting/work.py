@@ -192,7 +192,7 @@ def _touches_a_part(operand: hlo.Instruction, user: hlo.Instruction) -> bool:
 
 
 def _num_bytes(instruction: hlo.Instruction) -> int:
-  return sum(array.num_bytes for array in instruction.arrays)
+  return sum(array.memory_bytes for array in instruction.arrays)
 
 
 def _flops(computation: hlo.Computation, instruction: hlo.Instruction) -> float:

@@ -14,6 +14,8 @@ from jax.sharding import (
 
 from jaxdist.state import PerShard, PerWorker, is_per_worker, shard_spec
 
+AnyMesh = Mesh | AbstractMesh
+
 
 def leaf_specs(specs: Any | Callable[[Any], Any], tree: Any) -> list[Any]:
   """One PartitionSpec for each leaf of a tree.
@@ -87,9 +89,7 @@ def shard_shape(
   return tuple(cut)
 
 
-def param_shardings(
-  params: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any
-) -> Any:
+def param_shardings(params: Any, mesh: AnyMesh, axis: str, specs: Any) -> Any:
   """Shardings of the parameters, the same for all workers.
 
   Args:
@@ -125,9 +125,7 @@ def param_shardings(
   return treedef.unflatten(shardings)
 
 
-def state_shardings(
-  state: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any
-) -> Any:
+def state_shardings(state: Any, mesh: AnyMesh, axis: str, specs: Any) -> Any:
   """Shardings of a :class:`jaxdist.TrainState`.
 
   A leaf that is shaped as a parameter and whose path ends as the parameter's,
@@ -183,7 +181,7 @@ def state_shardings(
 
 
 def batch_sharding(
-  mesh: Mesh | AbstractMesh, axis: str, batch_spec: PartitionSpec | None
+  mesh: AnyMesh, axis: str, batch_spec: PartitionSpec | None
 ) -> NamedSharding:
   """Sharding of a batch whose leading axis is divided among the workers.
 
@@ -208,9 +206,7 @@ def placed_shapes(shapes: Any, shardings: Any) -> Any:
   )
 
 
-def _as_compiled(
-  spec: PartitionSpec, mesh: Mesh | AbstractMesh
-) -> PartitionSpec:
+def _as_compiled(spec: PartitionSpec, mesh: AnyMesh) -> PartitionSpec:
   """A spec as a compiled program gives it back: without axes of one device.
 
   With another spelling of the same placement a second step would compile anew.

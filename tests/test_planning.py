@@ -65,7 +65,7 @@ def test_coded_steps_by_hand():
 
 @pytest.mark.parametrize('workers', [2, 8, 64])
 def test_on_a_link_at_break_even_a_method_is_as_fast_as_dense(workers):
-  link = jd.Link(12.5e6, 1e-4)
+  link = jd.Link(12.5e6, 1e-6)
   advice = jd.advise(MATRIX, workers, link, 0.05)
   checked = 0
   for p in advice.predictions:

@@ -110,7 +110,9 @@ def train_step(
   sends, and one int32 all-reduce by which all workers drop a step together if
   the gradient of one is not finite: parameters, residuals and momenta then stay
   as they were. Where parameters drift, a worker drops such a step by itself,
-  and nothing but what ``tx`` sends is sent.
+  and nothing but what ``tx`` sends is sent. What ``tx`` exchanges late, such as
+  :func:`jaxdist.diloco` with a delay, lies open across the forward and backward
+  pass.
 
   Args:
     loss_fn: from parameters and one worker's batch to a scalar loss.
@@ -142,15 +144,16 @@ def train_step(
   """
   _check_workers(mesh, workers, axis)
   count = workers if mesh is None else mesh.shape[axis]
+  tx = optax.with_extra_args_support(tx)
 
-  def worker_step(state, batch):
+  def one_step(state, batch, **extra_args):
     drifting = isinstance(state.params, PerWorker)
     params = state.params.value if drifting else state.params
     loss, grads = jax.value_and_grad(loss_fn)(
       collectives.vary(params, axis), batch
     )
     bad = jnp.where(all_finite(grads), 0, 1)
-    updates, opt_state = tx.update(grads, state.opt_state, params)
+    updates, opt_state = tx.update(grads, state.opt_state, params, **extra_args)
     if drifting:
       new = TrainState(
         PerWorker(optax.apply_updates(params, updates)),
@@ -174,6 +177,24 @@ def train_step(
       skipped = new.skipped
     metrics = {'loss': loss, 'skipped': skipped}
     return new, jax.tree.map(PerWorker, collectives.vary(metrics, axis))
+
+  def worker_step(state, batch):
+    clock = worker_state.clock_ahead(state.opt_state)
+    if clock is None:
+      return one_step(state, batch)
+
+    def branch(turn):
+      def run(state, batch):
+        with jax.named_scope(clock.scope(turn)):
+          return one_step(state, batch, turn=turn)
+
+      return run
+
+    # A transfer can't lie open across the end of a branch: the whole step is
+    # in it. Steps without a turn share the last.
+    idle = clock.every > clock.turns
+    branches = [branch(turn) for turn in range(clock.turns + idle)]
+    return jax.lax.switch(clock.turn(), branches, state, batch)
 
   def step(state, batch):
     _check_batch(batch, count)

@@ -84,6 +84,15 @@ def transforms():
     every=2,
     decay=0.9,
   )
+  table['streaming_diloco'] = jd.diloco(
+    adam,
+    optax.sgd(0.7, momentum=0.9, nesterov=True),
+    COMMUNICATORS['mean_two_shot_quantize_buckets'],
+    every=4,
+    fragments=2,
+    delay=1,
+    mix=0.5,
+  )
   return table
 
 

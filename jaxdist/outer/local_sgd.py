@@ -3,7 +3,8 @@
 import optax
 
 from jaxdist.communicators.base import Communicator
-from jaxdist.outer.local_steps import average_changes, local_steps, mix_params
+from jaxdist.outer.averaging import average_changes, mix_params
+from jaxdist.outer.local_steps import local_steps
 from jaxdist.transforms import base
 
 
@@ -76,7 +77,9 @@ def local_sgd(
   """
   base.check_communicator(communicator, agrees=False)
   if communicator.agrees:
-    meeting = average_changes(communicator, optax.sgd(1.0), feedback, decay)
+    meeting = average_changes(
+      communicator, optax.sgd(1.0), feedback=feedback, decay=decay
+    )
   elif feedback or decay != 1.0:
     raise ValueError(
       f'feedback and decay need a communicator with the same result on all '

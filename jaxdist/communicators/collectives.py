@@ -62,3 +62,14 @@ def all_gather(x: jax.Array, axis: str) -> jax.Array:
   if axis in compat.varying_axes(x):
     return jax.lax.all_gather(x, axis, to='invarying')
   return jax.lax.all_gather(x, axis)
+
+
+def all_to_all(words: jax.Array, axis: str) -> jax.Array:
+  """Row i goes to worker i; returns the rows that were sent here.
+
+  ``words`` are integers. Under ``vmap`` JAX gives what is the same for all
+  workers a wrong shape here, so they are made to look like this worker's own;
+  the compiler removes it.
+  """
+  own = words + (0 * jax.lax.axis_index(axis)).astype(words.dtype)
+  return jax.lax.all_to_all(own, axis, 0, 0)

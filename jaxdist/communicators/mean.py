@@ -239,7 +239,7 @@ def _two_shot_mean(code, payload, like, axis, workers, kept, key):
   """Reduces one chunk on each worker, then gathers the encoded chunks."""
   words = codes.payload_words(payload)
   chunks = words.reshape(workers, -1, words.shape[1])
-  chunks = jax.lax.all_to_all(chunks, axis, 0, 0)  # the wire, first round
+  chunks = collectives.all_to_all(chunks, axis)  # the wire, first round
   chunk = _decoded_mean(code, chunks, like)
   if kept is not None:
     chunk += kept

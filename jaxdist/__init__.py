@@ -27,6 +27,7 @@ from jaxdist.compressors import ternary as ternary
 from jaxdist.compressors import top_k as top_k
 from jaxdist.outer import diloco as diloco
 from jaxdist.outer import local_sgd as local_sgd
+from jaxdist.outer import noloco as noloco
 from jaxdist.resize import resize as resize
 from jaxdist.state import PerWorker as PerWorker
 from jaxdist.state import local as local

@@ -47,6 +47,7 @@ COMMUNICATORS = {
   ),
   'gossip_ring': jd.gossip(AXIS, 'ring'),
   'gossip_exponential': jd.gossip(AXIS, 'one_peer_exponential'),
+  'gossip_random_pairs': jd.gossip(AXIS, 'random_pairs'),
   'gossip_ring_sign': jd.gossip(
     AXIS, 'ring', jd.sign(block_size=128), mixing=0.5
   ),
@@ -69,6 +70,11 @@ def transforms():
     for name, c in COMMUNICATORS.items()
     if not c.agrees or name == 'mean_two_shot_top_k'
   }
+  # Pairs are mixed by noloco too.
+  table['noloco'] = jd.noloco(
+    adam, 2, pairing=COMMUNICATORS['gossip_random_pairs'], consensus=0.5
+  )
+  del table['local_sgd_gossip_random_pairs']
   table['communicate'] = optax.chain(
     jd.communicate(COMMUNICATORS['mean']), adam
   )

@@ -106,7 +106,8 @@ def test_a_fragment_travels_beside_the_whole_step(slices):
   turns = [x for x in streaming if x[1]]
   assert len(turns) == 2
   for events, sent in turns:
-    assert re.fullmatch(r'\(\(x{%d,}\)\)' % (2 * LAYERS), events), events
+    assert re.fullmatch(r'\(\(x+\)\)', events), events
+    assert events.count('x') >= 2 * LAYERS
     assert sent == whole / 2
   idle = [events for events, sent in streaming if 'x' in events and not sent]
   assert len(idle) == 1, 'steps without a turn share one program'

@@ -99,6 +99,17 @@ def transforms():
     delay=1,
     mix=0.5,
   )
+  table['co2'] = jd.co2(
+    adam, COMMUNICATORS['mean_two_shot_top_k'], every=2, clip=0.05
+  )
+  table['fedavg'] = jd.fedavg(
+    adam,
+    optax.yogi(0.1),
+    COMMUNICATORS['mean_two_shot_top_k'],
+    every=2,
+    participants=2,
+    weights=[1.0, 2.0, 3.0, 4.0],
+  )
   return table
 
 

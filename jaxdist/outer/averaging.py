@@ -1,5 +1,6 @@
 """Meetings of workers: averaging what changed, or mixing with neighbours."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ class AverageChangesState(NamedTuple):
     snapshot: the changes when they were last looked at, on their way; ``None``
       without a delay. Each worker's own.
     communicator: the communicator's, for each fragment.
+    count: meetings so far. The same on all workers.
     skipped: meetings dropped for a non-finite change. The same on all workers.
   """
 
@@ -40,6 +42,7 @@ class AverageChangesState(NamedTuple):
   residual: PerWorker
   snapshot: PerWorker
   communicator: tuple[Any, ...]
+  count: Int32[Array, '']
   skipped: Int32[Array, '']
 
 
@@ -53,6 +56,7 @@ def average_changes(
   delay: int = 0,
   mix: float = 0.0,
   pattern: Pattern | Any = 'strided',
+  share: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Meeting:
   """Moves an anchor by the mean change since it last moved; all go there.
 
@@ -67,6 +71,9 @@ def average_changes(
     delay: steps between looking at the changes and moving the anchor.
     mix: the share of its own parameters that a worker keeps.
     pattern: which leaves are in which fragment.
+    share: from the number of meetings so far to this worker's weight, of mean 1
+      over workers; with a weight of 0 it takes no steps and sends nothing.
+      ``None``: all have 1.
 
   Returns:
     A :class:`Meeting`.
@@ -75,12 +82,7 @@ def average_changes(
     ValueError: if feedback cannot work with this communicator, or an option is
       out of range.
   """
-  if feedback is None:
-    feedback = not communicator.unbiased
-  if feedback:
-    base.check_feedback(communicator, decay)
-  elif decay != 1.0:
-    raise ValueError(f'decay does nothing without feedback, got {decay}.')
+  feedback = with_feedback(communicator, feedback, decay)
   _check(fragments, delay, mix, pattern)
   axis = communicator.axis
   outer = optax.with_extra_args_support(outer)
@@ -99,6 +101,7 @@ def average_changes(
         for i in range(fragments)
       ),
       jnp.zeros((), jnp.int32),
+      jnp.zeros((), jnp.int32),
     )
 
   def changes(params, state):
@@ -113,21 +116,27 @@ def average_changes(
     parts = assign(params, fragments, pattern)
     change = state.snapshot.value if delay else changes(params, state)
     change = parts.keep(change, turn)
-    residual = state.residual
+    residual = PerWorker(
+      parts.keep(state.residual.value, turn) if feedback else None
+    )
+    if share is not None:
+      weight = share(state.count)
+      silent = lambda tree: base.where(
+        weight > 0, tree, optax.tree.zeros_like(tree)
+      )
+      change = silent(optax.tree.scale(weight, change))
+    mean, held, comm_state = exchange_changes(
+      communicator,
+      change,
+      residual if share is None else silent(residual),
+      state.communicator[turn],
+      decay,
+    )
+    if share is not None:
+      held = base.where(weight > 0, held, residual)
     if feedback:
-      mean, held, comm_state = exchange_with_feedback(
-        communicator,
-        change,
-        PerWorker(parts.keep(residual.value, turn)),
-        state.communicator[turn],
-        decay,
-      )
       held = parts.mask(held.value, turn)
-      residual = PerWorker(parts.put(residual.value, held, turn))
-    else:
-      mean, _, comm_state = communicator.exchange(
-        change, state.communicator[turn]
-      )
+      held = PerWorker(parts.put(state.residual.value, held, turn))
     anchor = parts.mask(state.anchor, turn)
     updates, outer_state = outer.update(
       parts.mask(jax.tree.map(jnp.negative, mean), turn),
@@ -139,11 +148,12 @@ def average_changes(
     others = lambda old, new: (*old[:turn], new, *old[turn + 1 :])
     new = state._replace(
       outer=others(state.outer, outer_state),
-      residual=residual,
+      residual=held,
       communicator=others(state.communicator, comm_state),
     )
     new = base.where(finite, new, state)._replace(
       anchor=parts.put(state.anchor, anchor, turn),
+      count=state.count + 1,
       skipped=state.skipped + jnp.where(finite, 0, 1),
     )
     goal = collectives.vary(anchor, axis)
@@ -164,7 +174,43 @@ def average_changes(
     delay=delay,
     prepare=prepare if delay else None,
     ahead=delay > 0,
+    takes_part=None if share is None else lambda state: share(state.count) > 0,
   )
+
+
+def exchange_changes(
+  communicator: Communicator,
+  change: optax.Updates,
+  residual: PerWorker,
+  state: Any,
+  decay: float,
+) -> tuple[optax.Updates, PerWorker, Any]:
+  """One exchange, with feedback if there is a residual.
+
+  Returns:
+    The communicator's result, the new residual, and its new state.
+  """
+  if residual.value is None:
+    mean, _, state = communicator.exchange(change, state)
+    return mean, residual, state
+  return exchange_with_feedback(communicator, change, residual, state, decay)
+
+
+def with_feedback(
+  communicator: Communicator, feedback: bool | None, decay: float
+) -> bool:
+  """Whether to keep what the code drops: by default, if it is biased.
+
+  Raises:
+    ValueError: if feedback cannot work, or ``decay`` does nothing.
+  """
+  if feedback is None:
+    feedback = not communicator.unbiased
+  if feedback:
+    base.check_feedback(communicator, decay)
+  elif decay != 1.0:
+    raise ValueError(f'decay does nothing without feedback, got {decay}.')
+  return feedback
 
 
 def mix_params(communicator: Communicator) -> Meeting:

@@ -3,6 +3,7 @@
 Streaming DiLoCo: a part of the model at a time, while computing goes on.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -18,7 +19,7 @@ def diloco(
   inner: optax.GradientTransformation,
   outer: optax.GradientTransformation,
   communicator: Communicator,
-  every: int,
+  every: int | Sequence[int],
   *,
   fragments: int = 1,
   delay: int = 0,
@@ -68,7 +69,9 @@ def diloco(
       ``optax.sgd(0.7, momentum=0.9, nesterov=True)``, for some hundred rounds
       and more; a handful of rounds wants less momentum.
     communicator: what exchanges the changes; its result agrees.
-    every: steps between exchanges of the same parameters, at least 1.
+    every: steps between exchanges of the same parameters, at least 1; or,
+      without fragments and delay, the steps after which workers exchange, such
+      as :func:`jaxdist.late_meetings` gives.
     fragments: how many parts the parameters have; divides ``every``. Each has
       its own state of the outer optimizer. Leaves are never cut: layers that
       are stacked in one array have one turn.

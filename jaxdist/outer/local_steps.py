@@ -1,6 +1,7 @@
 """Steps on each worker's own parameters, with meetings every few of them."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,8 @@ class Meeting(NamedTuple):
     prepare: ``(params, state) -> state``, where ``delay`` is not 0. Not
       collective.
     ahead: whether what a meeting exchanges is there before its step begins.
+    takes_part: ``state -> bool``: whether this worker takes steps until the
+      next meeting; ``None`` if all always do.
   """
 
   axis: str
@@ -34,6 +37,7 @@ class Meeting(NamedTuple):
   delay: int = 0
   prepare: Callable[[optax.Params, Any], Any] | None = None
   ahead: bool = False
+  takes_part: Callable[[Any], jax.Array] | None = None
 
 
 class LocalStepsState(NamedTuple):
@@ -57,7 +61,9 @@ class LocalStepsState(NamedTuple):
 
 
 def local_steps(
-  inner: optax.GradientTransformation, meeting: Meeting, every: int
+  inner: optax.GradientTransformation,
+  meeting: Meeting,
+  every: int | Sequence[int],
 ) -> optax.GradientTransformationExtraArgs:
   """Takes the inner optimizer's steps locally, and meets in some of them.
 
@@ -67,7 +73,8 @@ def local_steps(
   Args:
     inner: any optimizer.
     meeting: what happens after the steps that have a turn.
-    every: steps in a period of all turns, at least 1.
+    every: steps in a period of all turns, at least 1; or the steps after which
+      workers meet.
 
   Returns:
     A transform whose parameters drift. Its updates are float32, so that params
@@ -76,6 +83,10 @@ def local_steps(
   Raises:
     ValueError: if ``every`` is out of range, or turns cannot divide it.
   """
+  steps = None
+  if not isinstance(every, int):
+    steps = _check_steps(every, meeting)
+    every = steps[-1]
   _check(every, meeting)
   turns, gap = meeting.turns, every // meeting.turns
   inner = optax.with_extra_args_support(inner)
@@ -98,11 +109,15 @@ def local_steps(
     to_dtype = lambda x, p: x.astype(p.dtype)
     return jax.tree.map(to_dtype, new, params), state
 
+  if steps is not None:
+    common = math.gcd(every, len(steps))
+    rare = f'jaxdist.every.{every // common}_{len(steps) // common}'
+
   def branch(clock, turn):
     def run(params, state):
       if turn == turns:
         return params, state
-      with jax.named_scope(clock.scope(turn)):
+      with jax.named_scope(clock.scope(turn) if steps is None else rare):
         return meet(turn, params, state)
 
     return run
@@ -115,15 +130,18 @@ def local_steps(
       )
     base.check_updates(updates, state.layout, meeting.axis)
     finite = base.all_finite(updates)
-    steps, inner_state = inner.update(
+    moves = finite
+    if meeting.takes_part:
+      moves &= meeting.takes_part(state.meeting)
+    moved, inner_state = inner.update(
       updates, state.inner.value, params, **extra_args
     )
-    moved = base.where(finite, optax.apply_updates(params, steps), params)
+    moved = base.where(moves, optax.apply_updates(params, moved), params)
     clock = state.clock
     if turn is None:
-      idle = every > turns
+      idle = every > turns if steps is None else every > len(steps)
       new, meeting_state = jax.lax.switch(
-        clock.turn(),
+        clock.turn() if steps is None else _turn(clock, steps),
         [branch(clock, i) for i in range(turns + idle)],
         moved,
         state.meeting,
@@ -144,7 +162,7 @@ def local_steps(
     change = lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32)
     return jax.tree.map(change, new, params), state._replace(
       clock=clock,
-      inner=PerWorker(base.where(finite, inner_state, state.inner.value)),
+      inner=PerWorker(base.where(moves, inner_state, state.inner.value)),
       meeting=meeting_state,
       skipped=PerWorker(state.skipped.value + jnp.where(finite, 0, 1)),
     )
@@ -152,8 +170,34 @@ def local_steps(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _turn(clock, steps):
+  """0 if workers meet after the coming step, else 1."""
+  step = clock.count + 1
+  index = jnp.searchsorted(jnp.array(steps), step)
+  return jnp.where(jnp.array((*steps, 0))[index] == step, 0, 1)
+
+
+def _check_steps(steps, meeting):
+  if isinstance(steps, str) or not isinstance(steps, Sequence) or not steps:
+    raise ValueError(
+      f'every must be an integer of at least 1, or a sequence of the steps '
+      f'after which workers meet, got {steps!r}.'
+    )
+  for before, step in zip((0, *steps), steps, strict=False):
+    if not isinstance(step, int) or step <= before:
+      raise ValueError(
+        f'the steps in every must be integers that increase from 1, got '
+        f'{step!r} after {before}.'
+      )
+  if meeting.turns > 1 or meeting.ahead:
+    raise ValueError(
+      'every must be an integer with fragments or a delay, got a sequence.'
+    )
+  return tuple(steps)
+
+
 def _check(every, meeting):
-  if not isinstance(every, int) or every < 1:
+  if every < 1:
     raise ValueError(f'every must be an integer of at least 1, got {every!r}.')
   turns, delay = meeting.turns, meeting.delay
   if every % turns:

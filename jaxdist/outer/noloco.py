@@ -1,5 +1,6 @@
 """NoLoCo: an outer step with one partner at a time, and no all-reduce."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ class NoLoCoState(NamedTuple):
 
 def noloco(
   inner: optax.GradientTransformation,
-  every: int,
+  every: int | Sequence[int],
   *,
   pairing: Communicator,
   learning_rate: float = 0.7,
@@ -62,7 +63,8 @@ def noloco(
 
   Args:
     inner: any optimizer; its state stays with its worker.
-    every: steps between outer steps, at least 1.
+    every: steps between outer steps, at least 1; or the steps after which they
+      are taken, such as :func:`jaxdist.late_meetings` gives.
     pairing: who meets whom; the paper's is
       ``jd.gossip(axis, 'random_pairs')``.
     learning_rate: :math:`\beta`.
@@ -165,5 +167,6 @@ def _check(learning_rate, momentum, gamma, pairing):
     raise ValueError(
       f'consensus (the learning rate, if it is not given) is too large for '
       f'this momentum: differences between workers would grow '
-      f'{factor:.3g}-fold in a round. Got consensus={gamma} and momentum={momentum}.'
+      f'{factor:.3g}-fold in a round. Got consensus={gamma} and '
+      f'momentum={momentum}.'
     )

@@ -48,7 +48,7 @@ class LocalStepsState(NamedTuple):
     clock: counts the steps. The same on all workers.
     inner: the inner optimizer's state. Each worker's own.
     meeting: the meeting's state.
-    skipped: this worker's steps left out for a non-finite gradient.
+    skipped: this worker's steps left out for a number that is not finite.
     layout: what the params looked like at init.
   """
 
@@ -67,8 +67,8 @@ def local_steps(
 ) -> optax.GradientTransformationExtraArgs:
   """Takes the inner optimizer's steps locally, and meets in some of them.
 
-  A worker whose gradient is not finite leaves that local step out: there is no
-  exchange in which others could learn of it.
+  A worker whose gradient, or what it would lead to, is not finite leaves that
+  local step out: there is no exchange in which others could learn of it.
 
   Args:
     inner: any optimizer.
@@ -83,10 +83,10 @@ def local_steps(
   Raises:
     ValueError: if ``every`` is out of range, or turns cannot divide it.
   """
-  steps = None
+  given = None
   if not isinstance(every, int):
-    steps = _check_steps(every, meeting)
-    every = steps[-1]
+    given = _check_steps(every, meeting)
+    every = given[-1]
   _check(every, meeting)
   turns, gap = meeting.turns, every // meeting.turns
   inner = optax.with_extra_args_support(inner)
@@ -109,15 +109,15 @@ def local_steps(
     to_dtype = lambda x, p: x.astype(p.dtype)
     return jax.tree.map(to_dtype, new, params), state
 
-  if steps is not None:
-    common = math.gcd(every, len(steps))
-    rare = f'jaxdist.every.{every // common}_{len(steps) // common}'
+  if given is not None:
+    common = math.gcd(every, len(given))
+    rare = f'jaxdist.every.{every // common}_{len(given) // common}'
 
   def branch(clock, turn):
     def run(params, state):
       if turn == turns:
         return params, state
-      with jax.named_scope(clock.scope(turn) if steps is None else rare):
+      with jax.named_scope(clock.scope(turn) if given is None else rare):
         return meet(turn, params, state)
 
     return run
@@ -129,19 +129,21 @@ def local_steps(
         'tx.update(updates, state, params).'
       )
     base.check_updates(updates, state.layout, meeting.axis)
-    finite = base.all_finite(updates)
+    steps, inner_state = inner.update(
+      updates, state.inner.value, params, **extra_args
+    )
+    moved = optax.apply_updates(params, steps)
+    # Nothing that is added to parameters could make them finite again.
+    finite = base.all_finite(updates) & base.all_finite(moved)
     moves = finite
     if meeting.takes_part:
       moves &= meeting.takes_part(state.meeting)
-    moved, inner_state = inner.update(
-      updates, state.inner.value, params, **extra_args
-    )
-    moved = base.where(moves, optax.apply_updates(params, moved), params)
+    moved = base.where(moves, moved, params)
     clock = state.clock
     if turn is None:
-      idle = every > turns if steps is None else every > len(steps)
+      idle = every > (turns if given is None else len(given))
       new, meeting_state = jax.lax.switch(
-        clock.turn() if steps is None else _turn(clock, steps),
+        clock.turn() if given is None else _turn(clock, given),
         [branch(clock, i) for i in range(turns + idle)],
         moved,
         state.meeting,

@@ -59,7 +59,7 @@ def noloco(
   **On the wire:** what ``pairing`` sends for the parameters once in ``every``
   steps, or twice if ``consensus`` is not the learning rate. With
   ``jd.gossip(axis, 'random_pairs')`` that is one ppermute; no all-reduce
-  anywhere. A worker whose parameters are not finite goes on from its slow ones.
+  anywhere.
 
   Args:
     inner: any optimizer; its state stays with its worker.
@@ -115,7 +115,6 @@ def noloco(
     del turn
     slow = state.slow.value
     fast = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    fast = base.where(base.all_finite(fast), fast, slow)
     if is_short:
       mean, pairing_state = exchange(fast, state.pairing[0])
       pull = jax.tree.map(lambda m, s: gamma * (m - s), mean, slow)

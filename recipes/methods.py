@@ -55,6 +55,7 @@ def find(name: str) -> Method:
   Raises:
     ValueError: there is none; the message proposes the nearest.
   """
+  name = name.replace('_', '-')
   if name in METHODS:
     return METHODS[name]
   near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)

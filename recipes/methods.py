@@ -106,6 +106,78 @@ def diloco(axis, learning_rate):
 
 
 @method(
+  'streaming-diloco',
+  'each worker trains alone for 8 steps; the changes are averaged a quarter of '
+  'the model at a time, in 4 bits a number, each hidden behind a step',
+  1.6e-2,
+)
+def streaming_diloco(axis, learning_rate):
+  return jd.diloco(
+    muon(learning_rate),
+    optax.sgd(1.0),
+    jd.mean(axis, jd.float4()),
+    every=8,
+    fragments=4,
+    delay=1,
+    mix=0.5,
+  )
+
+
+@method(
+  'sparse-loco',
+  'each worker trains alone for 4 steps; the largest 5% of the changes are '
+  'averaged in 2 bits a number and the rest is remembered',
+  1.6e-2,
+)
+def sparse_loco(axis, learning_rate):
+  code = jd.chained(jd.top_k(0.05), jd.quantize(bits=2))
+  return jd.diloco(
+    muon(learning_rate),
+    optax.sgd(1.0),
+    jd.mean(axis, code),
+    every=4,
+    decay=0.95,
+  )
+
+
+@method(
+  'noloco',
+  'each worker trains alone for 4 steps and then follows the mean with one '
+  'other, drawn anew each time; nothing is reduced over all',
+  1.6e-2,
+)
+def noloco(axis, learning_rate):
+  pairs = jd.gossip(axis, 'random_pairs')
+  return jd.noloco(muon(learning_rate), every=4, pairing=pairs)
+
+
+@method(
+  'co2',
+  'each worker trains alone for 4 steps; all follow the mean change of the '
+  'round before, so that nobody waits for it',
+  1.6e-2,
+)
+def co2(axis, learning_rate):
+  return jd.co2(muon(learning_rate), jd.mean(axis), every=4)
+
+
+@method(
+  'fedavg',
+  'in each round of 4 steps half of the workers take part; their changes are '
+  'averaged',
+  1.6e-2,
+)
+def fedavg(axis, learning_rate):
+  return jd.fedavg(
+    muon(learning_rate),
+    optax.sgd(1.0),
+    jd.mean(axis),
+    every=4,
+    participation=0.5,
+  )
+
+
+@method(
   'local-sgd',
   'each worker trains alone for 4 steps; the changes are averaged in 2 bits a '
   'number',

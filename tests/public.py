@@ -107,7 +107,7 @@ def transforms():
     optax.yogi(0.1),
     COMMUNICATORS['mean_two_shot_top_k'],
     every=2,
-    participants=2,
+    participation=0.5,
     weights=[1.0, 2.0, 3.0, 4.0],
   )
   return table

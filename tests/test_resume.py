@@ -45,7 +45,7 @@ METHODS = {
     optax.yogi(0.01),
     jd.mean(public.AXIS, jd.sign(block_size=128)),
     every=2,
-    participants=1,
+    participation=0.5,
   ),
   'power_sgd': lambda: optax.chain(
     jd.error_feedback(jd.low_rank_mean(public.AXIS, 2)), optax.adam(0.01)

@@ -19,7 +19,7 @@ def fedavg(
   communicator: Communicator,
   every: int | Sequence[int],
   *,
-  participants: int | None = None,
+  participation: float = 1.0,
   weights: Sequence[float] | None = None,
   feedback: bool | None = None,
   decay: float = 1.0,
@@ -54,7 +54,8 @@ def fedavg(
     outer: any optimizer; its state is the same on all workers.
     communicator: what exchanges the changes; its result agrees.
     every: steps in a round, at least 1; or the steps after which rounds end.
-    participants: m, at least 1; ``None`` for all.
+    participation: the share of workers that take part in a round, in (0, 1]; m
+      is rounded, and at least 1.
     weights: one positive number for each worker, such as its number of
       examples; ``None`` for equal ones.
     feedback: whether to keep what the code drops and send it next time.
@@ -67,14 +68,14 @@ def fedavg(
     parameters drift: :func:`jaxdist.init` keeps one copy for each worker.
 
   Raises:
-    ValueError: if an option is out of range (when ``init`` runs, if it depends
-      on the number of workers), or workers would get different results.
+    ValueError: if an option is out of range, workers would get different
+      results, or (when ``init`` runs) ``weights`` are not one for each worker.
 
   Examples:
     >>> import jaxdist as jd
     >>> tx = jd.fedavg(
     ...   optax.sgd(0.1), optax.adam(1e-2, eps=1e-3), jd.mean('data'), every=20,
-    ...   participants=2, weights=[100.0, 50.0, 50.0, 200.0],
+    ...   participation=0.5, weights=[100.0, 50.0, 50.0, 200.0],
     ... )
 
   References:
@@ -84,8 +85,8 @@ def fedavg(
     <https://arxiv.org/abs/2003.00295>`_, 2021 (algorithm 2)
   """
   base.check_communicator(communicator, agrees=True)
-  if participants is not None and participants < 1:
-    raise ValueError(f'participants must be at least 1, got {participants}.')
+  if not 0 < participation <= 1:
+    raise ValueError(f'participation must be in (0, 1], got {participation}.')
   if weights is not None and not all(weight > 0 for weight in weights):
     raise ValueError(f'weights must be positive, got {list(weights)}.')
   axis = communicator.axis
@@ -98,22 +99,18 @@ def fedavg(
         f'weights must have one entry for each of {workers} workers, got '
         f'{len(weights)}.'
       )
-    if participants is not None and participants > workers:
-      raise ValueError(
-        f'participants must be at most the number of workers, {workers}, got '
-        f'{participants}.'
-      )
     shares = jnp.ones(workers)
     if weights is not None:
       shares = jnp.array(weights, jnp.float32) * (workers / sum(weights))
-    if participants is not None:
+    participants = max(1, round(participation * workers))
+    if participants < workers:
       key = jax.random.fold_in(jax.random.key(seed), count)
       place = jax.random.permutation(key, workers)
-      scale = workers / participants
-      shares = jnp.where(place < participants, shares * scale, 0.0)
+      drawn = shares * (workers / participants)
+      shares = jnp.where(place < participants, drawn, 0.0)
     return shares[jax.lax.axis_index(axis)]
 
-  is_plain = participants is None and weights is None
+  is_plain = participation == 1 and weights is None
   meeting = average_changes(
     communicator,
     outer,
@@ -124,7 +121,7 @@ def fedavg(
 
   def init(params):
     if not is_plain:
-      share(0)  # Refuses what does not fit the number of workers.
+      share(0)  # Refuses weights that do not fit the number of workers.
     return meeting.init(params)
 
   return local_steps(inner, meeting._replace(init=init), every)

@@ -39,7 +39,7 @@ def test_fedavg_is_the_loop(server):
   weights = [1.0, 2.0, 4.0, 1.0]
   outer = SERVERS[server]
   tx = jd.fedavg(
-    optax.sgd(0.1), outer, MEAN, 2, participants=2, weights=weights
+    optax.sgd(0.1), outer, MEAN, 2, participation=0.5, weights=weights
   )
   grads = gradients(10)
   path = walk(tx, grads)
@@ -73,7 +73,7 @@ def test_with_all_and_equal_weights_it_is_diloco():
   want = walk(jd.diloco(inner, SERVERS['avgm'], MEAN, 2), grads)
   for options in (
     {},
-    {'participants': WORKERS},
+    {'participation': 0.9},
     {'weights': [3.0] * WORKERS},
   ):
     tx = jd.fedavg(inner, SERVERS['avgm'], MEAN, 2, **options)
@@ -84,7 +84,12 @@ def test_draws_are_unbiased():
   """The mean change over many draws is the weighted mean of all."""
   weights, rounds = np.array([1.0, 2.0, 4.0, 1.0]), 4000
   tx = jd.fedavg(
-    optax.sgd(1.0), optax.sgd(1.0), MEAN, 1, participants=2, weights=[*weights]
+    optax.sgd(1.0),
+    optax.sgd(1.0),
+    MEAN,
+    1,
+    participation=0.5,
+    weights=[*weights],
   )
   grads = np.eye(4, dtype=np.float32)[None].repeat(rounds, 0)
   moved = -(walk(tx, grads)[0, -1] - np.arange(4.0)) / rounds
@@ -102,7 +107,7 @@ def test_who_does_not_take_part_keeps_residual_and_inner_state():
     optax.sgd(1.0),
     jd.mean(public.AXIS, code),
     1,
-    participants=1,
+    participation=0.25,
   )
   _, state = public.run(tx, gradients(1), jnp.arange(6.0), walk=True)
   counts = np.asarray(state.inner.value[0].count)
@@ -114,8 +119,8 @@ def test_who_does_not_take_part_keeps_residual_and_inner_state():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'participants': 0}, r'participants must be at least 1, got 0'),
-    ({'participants': 5}, r'at most the number of workers, 4, got 5'),
+    ({'participation': 0.0}, r'participation must be in \(0, 1\], got 0'),
+    ({'participation': 1.5}, r'participation must be in \(0, 1\], got 1\.5'),
     ({'weights': [1.0, 0.0]}, r'weights must be positive, got \[1\.0, 0\.0\]'),
     ({'weights': [1.0, 2.0]}, r'one entry for each of 4 workers, got 2'),
   ],

@@ -115,7 +115,7 @@ def streaming_diloco(axis, learning_rate):
   return jd.diloco(
     muon(learning_rate),
     optax.sgd(1.0),
-    jd.mean(axis, jd.float4()),
+    jd.mean(axis, jd.float4(block_size=256)),
     every=8,
     fragments=4,
     delay=1,

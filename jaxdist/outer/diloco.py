@@ -114,6 +114,19 @@ def diloco(
     ...   every=100, fragments=4, delay=1, mix=0.5,
     ... )
 
+    SparseLoCo (sparse changes in 2 bits, with feedback), and Muon inside and
+    outside:
+
+    >>> tx = jd.diloco(
+    ...   optax.adamw(4e-4), optax.sgd(1.0),
+    ...   jd.mean('data', jd.chained(jd.top_k(0.05), jd.quantize(bits=2))),
+    ...   every=30, decay=0.95,
+    ... )
+    >>> tx = jd.diloco(
+    ...   optax.contrib.muon(2e-2), optax.contrib.muon(0.1), jd.mean('data'),
+    ...   every=30,
+    ... )
+
   References:
     Douillard et al, `DiLoCo <https://arxiv.org/abs/2311.08105>`_, 2023
     (algorithm 1); Douillard et al, `Streaming DiLoCo with overlapping

@@ -302,3 +302,47 @@ def test_bad_options_are_refused(options, message):
 def test_fragments_without_leaves_are_refused(fragments, pattern, message):
   with pytest.raises(ValueError, match=message):
     assign(params(), fragments, pattern)
+
+
+COMPOSED = {
+  'sparse_loco': lambda: jd.diloco(
+    optax.adam(0.05),
+    optax.sgd(1.0),
+    jd.mean(
+      public.AXIS,
+      jd.chained(jd.top_k(0.1, block_size=128), jd.quantize(bits=2)),
+    ),
+    every=2,
+    decay=0.95,
+  ),
+  'muon_inside_and_outside': lambda: jd.diloco(
+    optax.contrib.muon(0.3),
+    optax.contrib.muon(0.6),
+    MEAN,
+    every=4,
+    fragments=2,
+    delay=1,
+    mix=0.5,
+  ),
+}
+
+
+@pytest.mark.parametrize('name', COMPOSED)
+def test_composed_methods_find_the_mean_of_the_workers_minima(name, make_mesh):
+  """Least squares whose solution no worker has by itself."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(WORKERS * 16, 16)).astype(np.float32)
+  solution = {n: rng.normal(size=(16, 12)).astype(np.float32) for n in 'uv'}
+  y = {n: x @ w for n, w in solution.items()}
+  loss = lambda p, batch: sum(
+    jnp.mean((batch[0] @ p[n] - batch[1][n]) ** 2) for n in 'uv'
+  )
+  tx = COMPOSED[name]()
+  where = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
+  state = jd.init(tx, {n: jnp.zeros((16, 12)) for n in 'uv'}, **where)
+  step = jd.train_step(loss, tx, **where)
+  batch = (x, y)
+  start = loss(jd.mean_params(state), batch)
+  for _ in range(60):
+    state, _ = step(state, batch)
+  assert loss(jd.mean_params(state), batch) < 0.1 * start

@@ -111,3 +111,11 @@ def test_a_fragment_travels_beside_the_whole_step(slices):
     assert sent == whole / 2
   idle = [events for events, sent in streaming if 'x' in events and not sent]
   assert len(idle) == 1, 'steps without a turn share one program'
+
+
+def test_a_late_round_travels_beside_its_last_step(slices):
+  tx = jd.co2(optax.sgd(0.1), jd.mean('dcn'), every=8)
+  ((events, sent),) = [x for x in schedule(tx, slices) if x[1]]
+  assert re.fullmatch(r'\(\(x+\)\)', events), events
+  assert events.count('x') >= 2 * LAYERS
+  assert sent == 4 * LAYERS * WIDTH**2

@@ -162,8 +162,7 @@ def average_changes(
       mixed = jax.tree.map(
         lambda p, a: mix * p.astype(jnp.float32) + (1 - mix) * a, own, goal
       )
-      # What is not finite is not worth a share.
-      goal = base.where(finite & base.all_finite(own), mixed, goal)
+      goal = base.where(finite, mixed, goal)
     return parts.put(params, goal, turn), new
 
   return Meeting(

@@ -109,8 +109,8 @@ def co2(
     >>> tx = jd.co2(optax.adamw(4e-4), jd.mean('data'), every=48, clip=0.03)
 
   References:
-    Sun et al, `CO2 <https://arxiv.org/abs/2401.16265>`_, 2024 (algorithm 1; the
-    penalty's formula is ours, which that of the paper is like in its limits)
+    Sun et al, `CO2 <https://arxiv.org/abs/2401.16265>`_, 2024 (the formula of
+    the penalty is ours: it is 1 where nothing moved, and grows with the gap)
   """
   base.check_communicator(communicator, agrees=True)
   _check(learning_rate, momentum, clip, penalty, anchor, delay)

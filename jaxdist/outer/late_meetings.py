@@ -33,7 +33,7 @@ def late_meetings(
   References:
     Zhu et al, `On the Surprising Effectiveness of a Single Global Merging in
     Decentralized Learning <https://arxiv.org/abs/2507.06542>`_, 2025
-    (section 4: a window of dense communication)
+    (its window of dense communication)
   """
   if not 1 <= meetings <= steps:
     raise ValueError(

@@ -89,7 +89,7 @@ def noloco(
 
   References:
     Kolehmainen et al, `NoLoCo <https://arxiv.org/abs/2506.10911>`_, 2025
-    (section 3; the applied step has no look-ahead)
+    (the applied step has no look-ahead, as in its authors' code)
   """
   base.check_communicator(pairing, agrees=False)
   gamma = learning_rate if consensus is None else consensus

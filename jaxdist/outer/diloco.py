@@ -57,7 +57,7 @@ def diloco(
   across the whole forward and backward pass. One step is also as long as a
   transfer can lie open, since a program ends with it: a larger delay only makes
   it staler, as if the link were slower. It costs each worker one more float32
-  copy of the parameters.
+  copy of the parameters, and compiling ``fragments + 1`` steps.
 
   **On the wire:** what the communicator sends for all parameters, in every
   ``every`` steps; nothing in between. The most in one step is what it sends for

@@ -346,3 +346,18 @@ def test_composed_methods_find_the_mean_of_the_workers_minima(name, make_mesh):
   for _ in range(60):
     state, _ = step(state, batch)
   assert loss(jd.mean_params(state), batch) < 0.1 * start
+
+
+def test_labels_of_the_whole_tree_fit_each_fragment():
+  """Also where a fragment has no leaf of a label."""
+  labels = {'a': 'matrix', 'b': 'rest', 'c': 'rest'}
+  communicator = jd.partition({'matrix': MEAN, 'rest': MEAN}, labels)
+  make = lambda communicator: jd.diloco(
+    optax.sgd(0.1),
+    NESTEROV,
+    communicator,
+    every=4,
+    fragments=2,
+    pattern={'a': 0, 'b': 1, 'c': 1},
+  )
+  assert_close(walk(make(communicator), 5), walk(make(MEAN), 5), **CLOSE)

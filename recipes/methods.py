@@ -148,7 +148,13 @@ def sparse_loco(axis, learning_rate):
 )
 def noloco(axis, learning_rate):
   pairs = jd.gossip(axis, 'random_pairs')
-  return jd.noloco(muon(learning_rate), every=4, pairing=pairs)
+  return jd.noloco(
+    muon(learning_rate),
+    every=4,
+    pairing=pairs,
+    learning_rate=1.0,
+    momentum=0.2,
+  )
 
 
 @method(

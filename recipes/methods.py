@@ -164,7 +164,7 @@ def noloco(axis, learning_rate):
   1.6e-2,
 )
 def co2(axis, learning_rate):
-  return jd.co2(muon(learning_rate), jd.mean(axis), every=4)
+  return jd.co2(muon(learning_rate), jd.mean(axis), every=4, momentum=0.0)
 
 
 @method(

@@ -46,7 +46,7 @@ def co2(
   every: int,
   *,
   learning_rate: float = 1.0,
-  momentum: float = 0.5,
+  momentum: float = 0.2,
   clip: float = 1.0,
   penalty: float | None = None,
   anchor: Literal['previous', 'current'] = 'previous',
@@ -86,7 +86,8 @@ def co2(
     every: steps in a round, at least 1.
     learning_rate: :math:`\eta`.
     momentum: :math:`\mu` in [0, 1). With 0.5, where all rounds are alike, the
-      penalty is 2 and the outer step just a round's change.
+      penalty is 2 and the outer step just a round's change; short runs, whose
+      rounds are not, want less.
     clip: :math:`\phi`, the largest number in the momentum.
     penalty: instead of the norms' ratio, a constant for :math:`\Lambda`, at
       least 1.

@@ -27,8 +27,12 @@ from jaxdist.compressors import rotated as rotated
 from jaxdist.compressors import sign as sign
 from jaxdist.compressors import ternary as ternary
 from jaxdist.compressors import top_k as top_k
+from jaxdist.outer import co2 as co2
 from jaxdist.outer import diloco as diloco
+from jaxdist.outer import fedavg as fedavg
+from jaxdist.outer import late_meetings as late_meetings
 from jaxdist.outer import local_sgd as local_sgd
+from jaxdist.outer import noloco as noloco
 from jaxdist.planning import LINKS as LINKS
 from jaxdist.planning import Advice as Advice
 from jaxdist.planning import Candidate as Candidate
@@ -47,6 +51,7 @@ from jaxdist.sync import assert_in_sync as assert_in_sync
 from jaxdist.training import TrainState as TrainState
 from jaxdist.training import init as init
 from jaxdist.training import mean_params as mean_params
+from jaxdist.training import merge as merge
 from jaxdist.training import train_step as train_step
 from jaxdist.transforms import communicate as communicate
 from jaxdist.transforms import error_feedback as error_feedback

@@ -8,10 +8,13 @@ on every worker.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Int32
 
 Resize = Literal['mean', 'split']
 
@@ -74,6 +77,54 @@ class Drifts:
   :func:`jaxdist.init` looks for it and keeps the parameters of such a
   transform one copy for each worker, through any Optax wrapper around it.
   """
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+  """The steps of a transform that communicates in few of them.
+
+  In each period there are as many turns, evenly spread, each with an exchange
+  of its own. What an exchange of a turn needs may be there before its step
+  begins: then :func:`jaxdist.train_step` makes that step a program of its own,
+  in which the exchange lies open beside the forward and backward pass, and
+  tells the transform its turn (``tx.update(..., turn=...)``). In other loops
+  the transform branches on the turn by itself.
+
+  Attributes:
+    count: steps so far. The same on all workers.
+    every: steps in a period.
+    turns: turns in a period; divides ``every``.
+    ahead: whether an exchange needs nothing of its own step.
+  """
+
+  count: Any
+  every: int
+  turns: int = 1
+  ahead: bool = False
+
+  def turn(self) -> Int32[Array, '']:
+    """The turn that the coming step has; ``turns`` if it has none."""
+    gap = self.every // self.turns
+    count = self.count + 1
+    return jnp.where(
+      count % gap == 0, (count // gap - 1) % self.turns, self.turns
+    )
+
+  def next(self) -> 'Clock':
+    """The clock one step later."""
+    return dataclasses.replace(self, count=self.count + 1)
+
+  def scope(self, turn: int) -> str:
+    """A name that tells :func:`jaxdist.traffic` how often a turn comes."""
+    steps = self.every - self.turns if turn == self.turns else 1
+    common = math.gcd(self.every, steps)
+    scope = f'jaxdist.every.{self.every // common}'
+    return scope if steps == common else f'{scope}_{steps // common}'
+
+
+jax.tree_util.register_dataclass(
+  Clock, data_fields=['count'], meta_fields=['every', 'turns', 'ahead']
+)
 
 
 def is_per_worker(node: Any) -> bool:
@@ -154,3 +205,18 @@ def drifts(tree: Any) -> bool:
   """Whether a state belongs to a transform whose parameters drift."""
   is_mark = lambda node: isinstance(node, Drifts)
   return any(map(is_mark, jax.tree.leaves(tree, is_leaf=is_mark)))
+
+
+def clock_ahead(tree: Any) -> Clock | None:
+  """The clock whose turns :func:`jaxdist.train_step` gives own programs.
+
+  ``None`` without one, and where there are several: their turns may coincide
+  in any way.
+  """
+  is_clock = lambda node: isinstance(node, Clock)
+  clocks = [
+    node
+    for node in jax.tree.leaves(tree, is_leaf=is_clock)
+    if is_clock(node) and node.ahead
+  ]
+  return clocks[0] if len(clocks) == 1 else None

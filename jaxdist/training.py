@@ -133,7 +133,9 @@ def train_step(
   sends, and one int32 all-reduce by which all workers drop a step together if
   the gradient of one is not finite: parameters, residuals and momenta then stay
   as they were. Where parameters drift, a worker drops such a step by itself,
-  and nothing but what ``tx`` sends is sent.
+  and nothing but what ``tx`` sends is sent. What ``tx`` exchanges late, such as
+  :func:`jaxdist.diloco` with a delay, lies open across the forward and backward
+  pass.
 
   Args:
     loss_fn: from parameters and one worker's batch to a scalar loss.
@@ -170,8 +172,9 @@ def train_step(
   """
   _check_workers(mesh, workers, axis, specs)
   count = workers if mesh is None else mesh.shape[axis]
+  tx = optax.with_extra_args_support(tx)
 
-  def worker_step(state, batch):
+  def one_step(state, batch, **extra_args):
     drifting = isinstance(state.params, PerWorker)
     params = state.params.value if drifting else state.params
     loss, grads = jax.value_and_grad(loss_fn)(
@@ -180,7 +183,7 @@ def train_step(
     if specs is not None:
       grads = _constrain(grads, placement.leaf_specs(specs, grads))
     bad = jnp.where(all_finite(grads), 0, 1)
-    updates, opt_state = tx.update(grads, state.opt_state, params)
+    updates, opt_state = tx.update(grads, state.opt_state, params, **extra_args)
     if drifting:
       new = TrainState(
         PerWorker(optax.apply_updates(params, updates)),
@@ -204,6 +207,24 @@ def train_step(
       skipped = new.skipped
     metrics = {'loss': loss, 'skipped': skipped}
     return new, jax.tree.map(PerWorker, collectives.vary(metrics, axis))
+
+  def worker_step(state, batch):
+    clock = worker_state.clock_ahead(state.opt_state)
+    if clock is None:
+      return one_step(state, batch)
+
+    def branch(turn):
+      def run(state, batch):
+        with jax.named_scope(clock.scope(turn)):
+          return one_step(state, batch, turn=turn)
+
+      return run
+
+    # A transfer can't lie open across the end of a branch: the whole step is
+    # in it. Steps without a turn share the last.
+    idle = clock.every > clock.turns
+    branches = [branch(turn) for turn in range(clock.turns + idle)]
+    return jax.lax.switch(clock.turn(), branches, state, batch)
 
   def step(state, batch):
     _check_batch(batch, count)
@@ -251,6 +272,47 @@ def mean_params(state: TrainState) -> optax.Params:
     return state.params
   mean = lambda x: jnp.mean(x, axis=0, dtype=jnp.float32).astype(x.dtype)
   return jax.jit(lambda tree: jax.tree.map(mean, tree))(state.params.value)
+
+
+def merge(state: TrainState) -> TrainState:
+  """Gives all workers the mean of their parameters: one last meeting.
+
+  Workers that have met rarely, or only in pairs, may each be far from what they
+  have found together. What else they keep stays their own, so merge where
+  training ends, and keep ``state`` until the merged parameters have been
+  evaluated. **On the wire:** one all-reduce of the parameters, in float32.
+
+  Args:
+    state: of a training run.
+
+  Returns:
+    The state with other parameters, placed as they were; the same state where
+    parameters do not drift.
+
+  Examples:
+    >>> import jaxdist as jd
+    >>> tx = jd.local_sgd(optax.sgd(0.5), jd.mean('data'), every=1000)
+    >>> state = jd.init(tx, jnp.array(0.0), axis='data', workers=2)
+    >>> step = jd.train_step(
+    ...   lambda w, x: jnp.mean((w - x) ** 2), tx, axis='data', workers=2
+    ... )
+    >>> state, _ = step(state, jnp.array([1.0, 3.0]))
+    >>> state.params.value, jd.merge(state).params.value
+    (Array([1., 3.], dtype=float32), Array([2., 2.], dtype=float32))
+  """
+  if not isinstance(state.params, PerWorker):
+    return state
+  params = state.params.value
+
+  def merged(params):
+    mean = lambda x: jnp.mean(x, axis=0, keepdims=True, dtype=jnp.float32)
+    return jax.tree.map(
+      lambda x: jnp.broadcast_to(mean(x).astype(x.dtype), x.shape), params
+    )
+
+  shardings = jax.tree.map(lambda x: x.sharding, params)
+  params = jax.jit(merged, out_shardings=shardings)(params)
+  return state._replace(params=PerWorker(params))
 
 
 def _on_mesh(fn, in_specs, out_like, mesh, axis):

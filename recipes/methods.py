@@ -55,6 +55,7 @@ def find(name: str) -> Method:
   Raises:
     ValueError: there is none; the message proposes the nearest.
   """
+  name = name.replace('_', '-')
   if name in METHODS:
     return METHODS[name]
   near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
@@ -101,6 +102,84 @@ def diloco(axis, learning_rate):
     optax.sgd(0.8, momentum=0.5, nesterov=True),
     jd.mean(axis, jd.quantize(bits=2)),
     every=4,
+  )
+
+
+@method(
+  'streaming-diloco',
+  'each worker trains alone for 8 steps; the changes are averaged a quarter of '
+  'the model at a time, in 4 bits a number, each hidden behind a step',
+  1.6e-2,
+)
+def streaming_diloco(axis, learning_rate):
+  return jd.diloco(
+    muon(learning_rate),
+    optax.sgd(1.0),
+    jd.mean(axis, jd.float4(block_size=256)),
+    every=8,
+    fragments=4,
+    delay=1,
+    mix=0.5,
+  )
+
+
+@method(
+  'sparse-loco',
+  'each worker trains alone for 4 steps; the largest 5% of the changes are '
+  'averaged in 2 bits a number and the rest is remembered',
+  1.6e-2,
+)
+def sparse_loco(axis, learning_rate):
+  code = jd.chained(jd.top_k(0.05), jd.quantize(bits=2))
+  return jd.diloco(
+    muon(learning_rate),
+    optax.sgd(1.0),
+    jd.mean(axis, code),
+    every=4,
+    decay=0.95,
+  )
+
+
+@method(
+  'noloco',
+  'each worker trains alone for 4 steps and then follows the mean with one '
+  'other, drawn anew each time; nothing is reduced over all',
+  1.6e-2,
+)
+def noloco(axis, learning_rate):
+  pairs = jd.gossip(axis, 'random_pairs')
+  return jd.noloco(
+    muon(learning_rate),
+    every=4,
+    pairing=pairs,
+    learning_rate=1.0,
+    momentum=0.2,
+  )
+
+
+@method(
+  'co2',
+  'each worker trains alone for 4 steps; all follow the mean change of the '
+  'round before, so that nobody waits for it',
+  1.6e-2,
+)
+def co2(axis, learning_rate):
+  return jd.co2(muon(learning_rate), jd.mean(axis), every=4, momentum=0.0)
+
+
+@method(
+  'fedavg',
+  'in each round of 4 steps half of the workers take part; their changes are '
+  'averaged',
+  1.6e-2,
+)
+def fedavg(axis, learning_rate):
+  return jd.fedavg(
+    muon(learning_rate),
+    optax.sgd(1.0),
+    jd.mean(axis),
+    every=4,
+    participation=0.5,
   )
 
 

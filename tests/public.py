@@ -51,6 +51,7 @@ COMMUNICATORS = {
   ),
   'gossip_ring': jd.gossip(AXIS, 'ring'),
   'gossip_exponential': jd.gossip(AXIS, 'one_peer_exponential'),
+  'gossip_random_pairs': jd.gossip(AXIS, 'random_pairs'),
   'gossip_ring_sign': jd.gossip(
     AXIS, 'ring', jd.sign(block_size=128), mixing=0.5
   ),
@@ -73,6 +74,11 @@ def transforms():
     for name, c in COMMUNICATORS.items()
     if not c.agrees or name == 'mean_two_shot_top_k'
   }
+  # Pairs are mixed by noloco too.
+  table['noloco'] = jd.noloco(
+    adam, 2, pairing=COMMUNICATORS['gossip_random_pairs'], consensus=0.5
+  )
+  del table['local_sgd_gossip_random_pairs']
   table['communicate'] = optax.chain(
     jd.communicate(COMMUNICATORS['mean']), adam
   )
@@ -87,6 +93,26 @@ def transforms():
     COMMUNICATORS['mean_two_shot_quantize_buckets'],
     every=2,
     decay=0.9,
+  )
+  table['streaming_diloco'] = jd.diloco(
+    adam,
+    optax.sgd(0.7, momentum=0.9, nesterov=True),
+    COMMUNICATORS['mean_two_shot_quantize_buckets'],
+    every=4,
+    fragments=2,
+    delay=1,
+    mix=0.5,
+  )
+  table['co2'] = jd.co2(
+    adam, COMMUNICATORS['mean_two_shot_top_k'], every=2, clip=0.05
+  )
+  table['fedavg'] = jd.fedavg(
+    adam,
+    optax.yogi(0.1),
+    COMMUNICATORS['mean_two_shot_top_k'],
+    every=2,
+    participation=0.5,
+    weights=[1.0, 2.0, 3.0, 4.0],
   )
   return table
 

@@ -8,6 +8,7 @@ import public
 import pytest
 
 import jaxdist as jd
+from jaxdist.communicators.mean import MeanState
 
 METHODS = {
   'feedback': lambda: optax.chain(
@@ -21,6 +22,30 @@ METHODS = {
     optax.sgd(0.7, momentum=0.9, nesterov=True),
     jd.mean(public.AXIS, jd.quantize(bits=2, stochastic=False), 'two_shot'),
     every=2,
+  ),
+  'streaming_diloco': lambda: jd.diloco(
+    optax.adam(0.01),
+    optax.adam(0.01),
+    jd.mean(public.AXIS, jd.quantize(bits=2, stochastic=False), 'two_shot'),
+    every=4,
+    fragments=2,
+    delay=1,
+    mix=0.5,
+  ),
+  'co2': lambda: jd.co2(
+    optax.adam(0.01),
+    jd.mean(public.AXIS, jd.quantize(bits=2, stochastic=False), 'two_shot'),
+    every=2,
+  ),
+  'noloco': lambda: jd.noloco(
+    optax.adam(0.01), 2, pairing=jd.gossip(public.AXIS, 'random_pairs')
+  ),
+  'fedavg': lambda: jd.fedavg(
+    optax.adam(0.01),
+    optax.yogi(0.01),
+    jd.mean(public.AXIS, jd.sign(block_size=128)),
+    every=2,
+    participation=0.5,
   ),
   'power_sgd': lambda: optax.chain(
     jd.error_feedback(jd.low_rank_mean(public.AXIS, 2)), optax.adam(0.01)
@@ -59,17 +84,38 @@ def test_resume_is_no_break(name, make_mesh, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, resumed, whole)
 
 
-@pytest.mark.parametrize('name', ['feedback', 'diloco', 'power_sgd'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'feedback',
+    'diloco',
+    'streaming_diloco',
+    'co2',
+    'noloco',
+    'fedavg',
+    'power_sgd',
+  ],
+)
 def test_other_worker_counts_keep_what_is_owed(name, make_mesh, tmp_path):
-  """8 -> 4 -> 6 workers: the mean residual, and the second one, stay."""
+  """8 -> 4 -> 6 workers: the mean of what each keeps, and second residuals."""
 
   def owed(state):
-    opt = state.opt_state
-    state = opt.meeting if name == 'diloco' else opt[0]
-    mean = jax.tree.map(lambda e: np.mean(e, axis=0), state.residual.value)
-    held = getattr(state.communicator, 'dropped', None)
+    drifting = isinstance(state.params, jd.PerWorker)
+    state = state.opt_state.meeting if drifting else state.opt_state[0]
+    fields = ('residual', 'snapshot', 'slow', 'momentum')
+    kept = [getattr(state, field, None) for field in fields]
+    kept = [node.value for node in kept if isinstance(node, jd.PerWorker)]
+    mean = jax.tree.map(lambda e: np.mean(e, axis=0), kept)
+    communicators = jax.tree.leaves(
+      state, is_leaf=lambda node: isinstance(node, MeanState)
+    )
     # Rows are cut anew among the workers; those at the end only fill up.
-    rows = [np.concatenate(x) for x in held.value] if held else []
+    rows = [
+      np.concatenate(x)
+      for node in communicators
+      if isinstance(node, MeanState)
+      for x in jax.tree.leaves(node.dropped)
+    ]
     return mean, rows
 
   state, step = make(name, 8, make_mesh)

@@ -12,7 +12,7 @@ from jaxdist.accounting.schedule import Clocks
 # What tracing puts into a name by itself.
 _PLUMBING = re.compile(
   r'shard_map|while|body|cond|branch_\d+_fun|closed_call|eval_jaxpr'
-  r'|jaxdist\.every\.\d+|jit\(<lambda>\)|(?:vmap|jvp)\(\)'
+  r'|jaxdist\.every\.[\d_]+|jit\(<lambda>\)|(?:vmap|jvp)\(\)'
 )
 _HLO_DTYPE = re.compile(r'(bf|f|s|u|c)(\d+)(.*)')
 _DTYPE_NAMES = {

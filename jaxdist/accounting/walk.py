@@ -2,8 +2,8 @@
 
 A loop multiplies by its trip count. A branch is taken as often as its scope
 says: transforms open ``jax.named_scope('jaxdist.every.K')`` inside a branch
-that runs in one of ``K`` steps, and the compiler keeps scopes in the
-``op_name`` of instructions.
+that runs in one of ``K`` steps, or ``jaxdist.every.K_N`` in one that runs in
+``N`` of them, and the compiler keeps scopes in the ``op_name`` of instructions.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from fractions import Fraction
 from jaxdist.accounting import hlo, transfers
 
 _BRANCH = re.compile(r'\bbranch_\d+_fun\b')
-_EVERY = re.compile(r'\bjaxdist\.every\.([1-9]\d*)')
+_EVERY = re.compile(r'\bjaxdist\.every\.([1-9]\d*)(?:_([1-9]\d*))?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,10 @@ class _Branch:
   """
 
   depth: int
-  scopes: frozenset[int]
+  scopes: frozenset[Fraction]
 
 
-def every(op_name: str, depth: int) -> int | None:
+def every(op_name: str, depth: int) -> Fraction | None:
   """``K`` of the scope ``jaxdist.every.K`` in the branch at ``depth``.
 
   Only the first scope in a branch says how often it is taken: a second one
@@ -67,16 +67,17 @@ def every(op_name: str, depth: int) -> int | None:
     depth: 1 for the outermost branch.
 
   Returns:
-    The number, or ``None`` if no scope was opened directly in that branch.
+    ``K``, or ``K / N``; ``None`` if no scope was opened directly in that
+    branch.
 
   Examples:
     >>> op_name = 'cond/branch_1_fun/jaxdist.every.5/cond/branch_0_fun/psum'
     >>> every(op_name, 1), every(op_name, 2)
-    (5, None)
+    (Fraction(5, 1), None)
   """
   pieces = _BRANCH.split(op_name)
   scope = _EVERY.search(pieces[depth]) if depth < len(pieces) else None
-  return int(scope.group(1)) if scope else None
+  return Fraction(int(scope[1]), int(scope[2] or 1)) if scope else None
 
 
 def collectives(program: hlo.Program) -> Iterator[Run]:
@@ -165,7 +166,9 @@ def branch_shares(
   depth = len(_BRANCH.split(conditional.op_name))
   names = _branches(conditional)
   scopes = [_scopes(program, name, depth) for name in names]
-  known = [1 / min(scope) if len(scope) == 1 else None for scope in scopes]
+  known = [
+    float(1 / min(scope)) if len(scope) == 1 else None for scope in scopes
+  ]
   rest = max(0.0, 1 - sum(share for share in known if share))
   unknown = known.count(None)
   return [
@@ -180,7 +183,9 @@ def _branches(conditional: hlo.Instruction) -> tuple[str, ...]:
   )
 
 
-def _branch_every(instruction: hlo.Instruction, branch: _Branch) -> int | None:
+def _branch_every(
+  instruction: hlo.Instruction, branch: _Branch
+) -> Fraction | None:
   """How rarely a branch is taken: in one of how many steps, if known.
 
   Collectives that the partitioner inserts may bear no ``op_name``, or that of
@@ -192,9 +197,9 @@ def _branch_every(instruction: hlo.Instruction, branch: _Branch) -> int | None:
   return own
 
 
-def _scopes(program: hlo.Program, name: str, depth: int) -> frozenset[int]:
+def _scopes(program: hlo.Program, name: str, depth: int) -> frozenset[Fraction]:
   """All ``K`` that a branch's instructions, and what they call, speak of."""
-  scopes: set[int] = set()
+  scopes: set[Fraction] = set()
   names, seen = [name], {name}
   while names:
     for instruction in program.computations[names.pop()].instructions.values():

@@ -1,10 +1,11 @@
-"""Averaging with neighbours only, on a ring or a one-peer exponential graph."""
+"""Averaging with neighbours only: on a ring, a one-peer graph, or in pairs."""
 
 import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int32
 
 from jaxdist.communicators import base, buckets, collectives
@@ -13,7 +14,9 @@ from jaxdist.compressors import base as codes
 from jaxdist.compressors.identity import identity
 from jaxdist.state import PerWorker
 
-Topology = Literal['ring', 'one_peer_exponential']
+Topology = Literal['ring', 'one_peer_exponential', 'random_pairs']
+# Who sends to whom: (source, destination), each worker once.
+Permutation = list[tuple[int, int]]
 
 
 class GossipState(NamedTuple):
@@ -45,14 +48,17 @@ def gossip(
 
   over the n neighbours of a round: both on a ``'ring'``; one on a
   ``'one_peer_exponential'`` graph, whose distance is 1, 2, 4, ... in turn (with
-  a power of two workers, each such cycle averages exactly). The mean over all
-  workers is kept, whatever the code.
+  a power of two workers, each such cycle averages exactly); or one in
+  ``'random_pairs'``, which are drawn anew in each round from a seed that all
+  share, each pair as likely as any (of an odd number, one worker waits). The
+  mean over all workers is kept, whatever the code.
 
   Without a compressor :math:`\hat x = x`. With one, :math:`\hat x_i` is what
   the neighbours know of worker i: difference coding, where only the code of
   :math:`x_i - \hat x_i` travels and both ends add it to :math:`\hat x_i`
   (CHOCO), so that lossy codes still reach consensus. That takes two more copies
-  of the tree on a ring, and two for each distance on the exponential graph.
+  of the tree on a ring, and two for each distance on the exponential graph;
+  random pairs have no code.
 
   **On the wire:** one payload to each neighbour of the round (ppermute); no
   all-reduce. Results differ between workers: use it where parameters may drift,
@@ -64,13 +70,14 @@ def gossip(
     compressor: the code; ``None`` sends float32.
     mixing: :math:`\gamma` in (0, 1]. Codes that drop much need a small one
       (top 1%: about 0.05), or the differences grow.
-    seed: of the codes that draw random numbers.
+    seed: of the pairs, and of the codes that draw random numbers.
 
   Returns:
     A :class:`Communicator` whose result does not agree between workers.
 
   Raises:
-    ValueError: if ``topology`` is not known or ``mixing`` outside (0, 1].
+    ValueError: if ``topology`` is not known, has no code, or ``mixing`` is
+      outside (0, 1].
 
   Examples:
     >>> import jaxdist as jd
@@ -92,6 +99,11 @@ def gossip(
     raise ValueError(f'topology must be one of {topologies}, got {topology!r}.')
   if not 0 < mixing <= 1:
     raise ValueError(f'mixing must be in (0, 1], got {mixing}.')
+  if topology == 'random_pairs' and compressor is not None:
+    raise ValueError(
+      f"compressor must be None with topology='random_pairs': difference "
+      f'coding would remember each possible partner. Got {compressor!r}.'
+    )
   code = compressor if compressor is not None else identity(block_size=128)
 
   def matrix_shape(shapes):
@@ -103,14 +115,14 @@ def gossip(
     del feedback  # Difference coding remembers what was dropped.
     memory = None
     if compressor is not None:
-      groups = _neighbours(topology, collectives.axis_size(axis))
+      groups = _rounds(topology, collectives.axis_size(axis), seed)
       memory = [jnp.zeros(matrix_shape(shapes), jnp.float32) for _ in groups]
     memory = PerWorker(collectives.vary(memory, axis), None)
     return GossipState(jnp.zeros((), jnp.int32), memory, memory)
 
   def exchange(leaves, state):
     workers = collectives.axis_size(axis)
-    groups = _neighbours(topology, workers)
+    groups = _rounds(topology, workers, seed)
     plan = buckets.plan(
       [leaf.size for leaf in leaves], sum(leaf.size for leaf in leaves)
     )
@@ -121,17 +133,19 @@ def gossip(
     shared = code.at(shared_key)
     like = payload_shape(code, *x.shape)
 
-    def talk(offsets, told, heard):
-      """One round with the neighbours at ``offsets``."""
+    def talk(permutations, told, heard):
+      """One round, with a neighbour for each permutation."""
       payload = shared.encode(x - told, own_key)
       told = told + shared.decode(payload)
       words = codes.payload_words(payload)
-      for offset in offsets:
-        ring = [(i, (i + offset) % workers) for i in range(workers)]
-        received = jax.lax.ppermute(words, axis, ring)  # the wire
+      for permutation in permutations:
+        received = jax.lax.ppermute(words, axis, permutation)  # the wire
         heard = heard + shared.decode(codes.payload_from_words(received, like))
-      step = mixing / (len(offsets) + 1)
-      mixed = x + step * (heard - len(offsets) * told)
+      count = len(permutations)
+      if compressor is None and mixing == 1:
+        # The same bits for both of a pair.
+        return (x + heard) / (count + 1), told, heard
+      mixed = x + mixing / (count + 1) * (heard - count * told)
       return mixed, told, heard
 
     def turn(i):
@@ -148,8 +162,11 @@ def gossip(
 
       return branch
 
+    index = state.count % len(groups)
+    if topology == 'random_pairs':
+      index = jax.random.randint(shared_key, (), 0, len(groups))
     mixed, sent, told, heard = jax.lax.switch(
-      state.count % len(groups),
+      index,
       [turn(i) for i in range(len(groups))],
       state.told.value,
       state.heard.value,
@@ -164,11 +181,17 @@ def gossip(
     )
 
   def bytes_sent(shapes, workers):
-    groups = _neighbours(topology, workers)
+    groups = _rounds(topology, workers, seed)
     words = jax.eval_shape(
       codes.payload_words, payload_shape(code, *matrix_shape(shapes))
     )
-    return sum(map(len, groups)) / len(groups) * 4 * words.size
+    sent = sum(
+      source != destination
+      for permutations in groups
+      for permutation in permutations
+      for source, destination in permutation
+    )
+    return sent / workers / len(groups) * 4 * words.size
 
   name = f'gossip({axis!r}, {topology!r}'
   name += f', {code!r})' if compressor is not None else ')'
@@ -184,11 +207,40 @@ def gossip(
   )
 
 
-def _neighbours(topology: Topology, workers: int) -> list[list[int]]:
-  """For each round of a cycle the distances to that round's neighbours."""
+def _rounds(
+  topology: Topology, workers: int, seed: int
+) -> list[list[Permutation]]:
+  """For each kind of round its permutations, one for each neighbour."""
+  shift = lambda d: [(i, (i + d) % workers) for i in range(workers)]
   if workers == 1:
     return [[]]
   if topology == 'ring':
-    return [[1, -1]] if workers > 2 else [[1]]
-  rounds = math.ceil(math.log2(workers))
-  return [[2**i] for i in range(rounds)]
+    return [[shift(1), shift(-1)] if workers > 2 else [shift(1)]]
+  if topology == 'random_pairs':
+    return [[matching] for matching in _matchings(workers, seed)]
+  return [[shift(2**i)] for i in range(math.ceil(math.log2(workers)))]
+
+
+def _matchings(workers: int, seed: int) -> list[Permutation]:
+  """Ways to pair all workers, in which each pair occurs exactly once.
+
+  A round-robin tournament: one stands still, the others move around a circle.
+  """
+  seats = workers + workers % 2  # Who meets an empty seat waits.
+  names = np.random.default_rng(seed).permutation(workers).tolist()
+  matchings = []
+  for turn in range(seats - 1):
+    circle = [(turn + i) % (seats - 1) for i in range(seats - 1)]
+    order = [seats - 1, *circle]
+    pairs = [(order[i], order[-i]) for i in range(1, seats // 2)]
+    pairs = [(order[0], order[seats // 2]), *pairs]
+    partner = list(range(seats))
+    for a, b in pairs:
+      partner[a], partner[b] = b, a
+    matchings.append(
+      [
+        (names[i], names[j] if j < workers else names[i])
+        for i, j in enumerate(partner[:workers])
+      ]
+    )
+  return matchings

@@ -1,16 +1,19 @@
 """Local SGD: take steps alone, then average the changes."""
 
+from collections.abc import Sequence
+
 import optax
 
 from jaxdist.communicators.base import Communicator
-from jaxdist.outer.local_steps import average_changes, local_steps, mix_params
+from jaxdist.outer.averaging import average_changes, mix_params
+from jaxdist.outer.local_steps import local_steps
 from jaxdist.transforms import base
 
 
 def local_sgd(
   inner: optax.GradientTransformation,
   communicator: Communicator,
-  every: int,
+  every: int | Sequence[int],
   *,
   feedback: bool | None = None,
   decay: float = 1.0,
@@ -40,7 +43,8 @@ def local_sgd(
       steps in the mean: expect to want a larger learning rate, or an outer
       optimizer (:func:`jaxdist.diloco`).
     communicator: what exchanges the changes.
-    every: steps between exchanges, at least 1.
+    every: steps between exchanges, at least 1; or the steps after which workers
+      exchange, such as :func:`jaxdist.late_meetings` gives.
     feedback: whether to keep what the code drops and send it next time.
       ``None``: if the code is biased and the communicator agrees.
     decay: :math:`\beta` in (0, 1]; below 1 forgets old residuals.
@@ -76,7 +80,9 @@ def local_sgd(
   """
   base.check_communicator(communicator, agrees=False)
   if communicator.agrees:
-    meeting = average_changes(communicator, optax.sgd(1.0), feedback, decay)
+    meeting = average_changes(
+      communicator, optax.sgd(1.0), feedback=feedback, decay=decay
+    )
   elif feedback or decay != 1.0:
     raise ValueError(
       f'feedback and decay need a communicator with the same result on all '

@@ -1,21 +1,16 @@
-"""Steps on each worker's own parameters, with a meeting every few of them."""
+"""Steps on each worker's own parameters, with meetings every few of them."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int32
 
 from jaxdist.communicators import collectives
-from jaxdist.communicators.base import Communicator
-from jaxdist.state import Drifts, PerWorker
+from jaxdist.state import Clock, Drifts, PerWorker
 from jaxdist.transforms import base
-from jaxdist.transforms.error_feedback import (
-  exchange_with_feedback,
-  zero_residual,
-)
 
 
 class Meeting(NamedTuple):
@@ -24,13 +19,25 @@ class Meeting(NamedTuple):
   Attributes:
     axis: the axis that they lie along.
     init: ``params -> state``.
-    meet: ``(params, state) -> (params, state)``: from this worker's parameters
-      to those that it goes on with. Collective.
+    meet: ``(params, state, turn) -> (params, state)``: from this worker's
+      parameters to those that it goes on with. Collective.
+    turns: meetings in a period; divides the steps in it.
+    delay: how many steps before a meeting its ``prepare`` runs.
+    prepare: ``(params, state) -> state``, where ``delay`` is not 0. Not
+      collective.
+    ahead: whether what a meeting exchanges is there before its step begins.
+    takes_part: ``state -> bool``: whether this worker takes steps until the
+      next meeting; ``None`` if all always do.
   """
 
   axis: str
   init: Callable[[optax.Params], Any]
-  meet: Callable[[optax.Params, Any], tuple[optax.Params, Any]]
+  meet: Callable[[optax.Params, Any, int], tuple[optax.Params, Any]]
+  turns: int = 1
+  delay: int = 0
+  prepare: Callable[[optax.Params, Any], Any] | None = None
+  ahead: bool = False
+  takes_part: Callable[[Any], jax.Array] | None = None
 
 
 class LocalStepsState(NamedTuple):
@@ -38,15 +45,15 @@ class LocalStepsState(NamedTuple):
 
   Attributes:
     drifts: marks that parameters differ between workers.
-    count: steps so far. The same on all workers.
+    clock: counts the steps. The same on all workers.
     inner: the inner optimizer's state. Each worker's own.
     meeting: the meeting's state.
-    skipped: this worker's steps left out for a non-finite gradient.
+    skipped: this worker's steps left out for a number that is not finite.
     layout: what the params looked like at init.
   """
 
   drifts: Drifts
-  count: Int32[Array, '']
+  clock: Clock
   inner: PerWorker
   meeting: Any
   skipped: PerWorker
@@ -54,27 +61,34 @@ class LocalStepsState(NamedTuple):
 
 
 def local_steps(
-  inner: optax.GradientTransformation, meeting: Meeting, every: int
+  inner: optax.GradientTransformation,
+  meeting: Meeting,
+  every: int | Sequence[int],
 ) -> optax.GradientTransformationExtraArgs:
-  """Takes the inner optimizer's steps locally, and meets every few of them.
+  """Takes the inner optimizer's steps locally, and meets in some of them.
 
-  A worker whose gradient is not finite leaves that local step out: there is no
-  exchange in which others could learn of it.
+  A worker whose gradient, or what it would lead to, is not finite leaves that
+  local step out: there is no exchange in which others could learn of it.
 
   Args:
     inner: any optimizer.
-    meeting: what happens after every ``every``-th step.
-    every: at least 1.
+    meeting: what happens after the steps that have a turn.
+    every: steps in a period of all turns, at least 1; or the steps after which
+      workers meet.
 
   Returns:
     A transform whose parameters drift. Its updates are float32, so that params
     plus update is the new value in low precision too.
 
   Raises:
-    ValueError: if ``every`` is out of range.
+    ValueError: if ``every`` is out of range, or turns cannot divide it.
   """
-  if not isinstance(every, int) or every < 1:
-    raise ValueError(f'every must be an integer of at least 1, got {every!r}.')
+  given = None
+  if not isinstance(every, int):
+    given = _check_steps(every, meeting)
+    every = given[-1]
+  _check(every, meeting)
+  turns, gap = meeting.turns, every // meeting.turns
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
@@ -83,42 +97,74 @@ def local_steps(
     )
     return LocalStepsState(
       drifts=Drifts(),
-      count=jnp.zeros((), jnp.int32),
+      clock=Clock(jnp.zeros((), jnp.int32), every, turns, meeting.ahead),
       inner=PerWorker(collectives.vary(inner.init(own), meeting.axis)),
       meeting=meeting.init(params),
       skipped=PerWorker(zero),
       layout=base.Layout.of(params),
     )
 
-  def meet(params, state):
-    with jax.named_scope(f'jaxdist.every.{every}'):
-      new, state = meeting.meet(params, state)
+  def meet(turn, params, state):
+    new, state = meeting.meet(params, state, turn)
     to_dtype = lambda x, p: x.astype(p.dtype)
     return jax.tree.map(to_dtype, new, params), state
 
-  def update_fn(updates, state, params=None, **extra_args):
+  if given is not None:
+    common = math.gcd(every, len(given))
+    rare = f'jaxdist.every.{every // common}_{len(given) // common}'
+
+  def branch(clock, turn):
+    def run(params, state):
+      if turn == turns:
+        return params, state
+      with jax.named_scope(clock.scope(turn) if given is None else rare):
+        return meet(turn, params, state)
+
+    return run
+
+  def update_fn(updates, state, params=None, *, turn=None, **extra_args):
     if params is None:
       raise ValueError(
         'params must be given where parameters drift: '
         'tx.update(updates, state, params).'
       )
     base.check_updates(updates, state.layout, meeting.axis)
-    finite = base.all_finite(updates)
     steps, inner_state = inner.update(
       updates, state.inner.value, params, **extra_args
     )
-    moved = base.where(finite, optax.apply_updates(params, steps), params)
-    count = state.count + 1
-    if every == 1:
-      new, meeting_state = meet(moved, state.meeting)
+    moved = optax.apply_updates(params, steps)
+    # Nothing that is added to parameters could make them finite again.
+    finite = base.all_finite(updates) & base.all_finite(moved)
+    moves = finite
+    if meeting.takes_part:
+      moves &= meeting.takes_part(state.meeting)
+    moved = base.where(moves, moved, params)
+    clock = state.clock
+    if turn is None:
+      idle = every > (turns if given is None else len(given))
+      new, meeting_state = jax.lax.switch(
+        clock.turn() if given is None else _turn(clock, given),
+        [branch(clock, i) for i in range(turns + idle)],
+        moved,
+        state.meeting,
+      )
+    elif turn < turns:
+      new, meeting_state = meet(turn, moved, state.meeting)
     else:
-      new, meeting_state = jax.lax.cond(
-        count % every == 0, meet, lambda *args: args, moved, state.meeting
+      new, meeting_state = moved, state.meeting
+    clock = clock.next()
+    if meeting.prepare and (turn is None or turn == turns):
+      meeting_state = jax.lax.cond(
+        (clock.count + meeting.delay) % gap == 0,
+        meeting.prepare,
+        lambda _, state: state,
+        new,
+        meeting_state,
       )
     change = lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32)
     return jax.tree.map(change, new, params), state._replace(
-      count=count,
-      inner=PerWorker(base.where(finite, inner_state, state.inner.value)),
+      clock=clock,
+      inner=PerWorker(base.where(moves, inner_state, state.inner.value)),
       meeting=meeting_state,
       skipped=PerWorker(state.skipped.value + jnp.where(finite, 0, 1)),
     )
@@ -126,110 +172,42 @@ def local_steps(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class AverageChangesState(NamedTuple):
-  """State of :func:`average_changes`.
-
-  Attributes:
-    anchor: the parameters that all last agreed on, in float32. The same on all
-      workers.
-    outer: the outer optimizer's state. The same on all workers.
-    residual: what was dropped from the changes sent so far; ``None`` without
-      feedback. Each worker's own.
-    communicator: the communicator's.
-    skipped: meetings dropped for a non-finite change. The same on all workers.
-  """
-
-  anchor: optax.Params
-  outer: optax.OptState
-  residual: PerWorker
-  communicator: Any
-  skipped: Int32[Array, '']
+def _turn(clock, steps):
+  """0 if workers meet after the coming step, else 1."""
+  step = clock.count + 1
+  index = jnp.searchsorted(jnp.array(steps), step)
+  return jnp.where(jnp.array((*steps, 0))[index] == step, 0, 1)
 
 
-def average_changes(
-  communicator: Communicator,
-  outer: optax.GradientTransformation,
-  feedback: bool | None,
-  decay: float,
-) -> Meeting:
-  """Moves an anchor by the mean change since the last meeting; all go there.
-
-  If a change is not finite, all workers go back to the anchor together.
-
-  Args:
-    communicator: exchanges the changes; its result agrees between workers.
-    outer: takes the mean change, negated, as the anchor's gradient.
-    feedback: whether to keep what the code drops; ``None``: if it is biased.
-    decay: of the residual.
-
-  Returns:
-    A :class:`Meeting`.
-
-  Raises:
-    ValueError: if feedback cannot work with this communicator.
-  """
-  if feedback is None:
-    feedback = not communicator.unbiased
-  if feedback:
-    base.check_feedback(communicator, decay)
-  elif decay != 1.0:
-    raise ValueError(f'decay does nothing without feedback, got {decay}.')
-  axis = communicator.axis
-  outer = optax.with_extra_args_support(outer)
-
-  def init(params):
-    anchor = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    return AverageChangesState(
-      anchor,
-      outer.init(anchor),
-      zero_residual(params, axis) if feedback else PerWorker(None),
-      communicator.init(params, feedback=feedback),
-      jnp.zeros((), jnp.int32),
+def _check_steps(steps, meeting):
+  if isinstance(steps, str) or not isinstance(steps, Sequence) or not steps:
+    raise ValueError(
+      f'every must be an integer of at least 1, or a sequence of the steps '
+      f'after which workers meet, got {steps!r}.'
     )
-
-  def meet(params, state):
-    change = jax.tree.map(
-      lambda p, a: p.astype(jnp.float32) - a, params, state.anchor
-    )
-    if feedback:
-      mean, residual, comm_state = exchange_with_feedback(
-        communicator, change, state.residual, state.communicator, decay
+  for before, step in zip((0, *steps), steps, strict=False):
+    if not isinstance(step, int) or step <= before:
+      raise ValueError(
+        f'the steps in every must be integers that increase from 1, got '
+        f'{step!r} after {before}.'
       )
-    else:
-      residual = state.residual
-      mean, _, comm_state = communicator.exchange(change, state.communicator)
-    updates, outer_state = outer.update(
-      jax.tree.map(jnp.negative, mean), state.outer, state.anchor
+  if meeting.turns > 1 or meeting.ahead:
+    raise ValueError(
+      'every must be an integer with fragments or a delay, got a sequence.'
     )
-    finite = base.all_finite(mean)
-    new = state._replace(
-      anchor=optax.apply_updates(state.anchor, updates),
-      outer=outer_state,
-      residual=residual,
-      communicator=comm_state,
+  return tuple(steps)
+
+
+def _check(every, meeting):
+  if every < 1:
+    raise ValueError(f'every must be an integer of at least 1, got {every!r}.')
+  turns, delay = meeting.turns, meeting.delay
+  if every % turns:
+    raise ValueError(
+      f'fragments must divide every, got fragments={turns} and every={every}.'
     )
-    new = base.where(finite, new, state)
-    new = new._replace(skipped=state.skipped + jnp.where(finite, 0, 1))
-    return collectives.vary(new.anchor, axis), new
-
-  return Meeting(axis, init, meet)
-
-
-def mix_params(communicator: Communicator) -> Meeting:
-  """Mixes each worker's parameters with its neighbours'.
-
-  Args:
-    communicator: one whose result differs between workers, such as gossip.
-
-  Returns:
-    A :class:`Meeting`.
-  """
-
-  def init(params):
-    return communicator.init(params)
-
-  def meet(params, state):
-    mixed, _, state = communicator.exchange(params, state)
-    return mixed, state
-
-  return Meeting(communicator.axis, init, meet)
+  if not 0 <= delay < every // turns:
+    raise ValueError(
+      f'delay must be at least 0 and less than every / fragments, '
+      f'{every // turns}, got {delay}.'
+    )

@@ -101,6 +101,7 @@ def over_leaves(
   init: Callable[[list[jax.ShapeDtypeStruct], bool], Any],
   exchange: Callable[[Leaves, Any], tuple[Leaves, Leaves, Any]],
   bytes_sent: Callable[[list[jax.ShapeDtypeStruct], int], float],
+  alone: Callable[[Leaves, Any], tuple[Leaves, Any]] = lambda *args: args,
   *,
   contraction: float,
   unbiased: bool,
@@ -118,6 +119,8 @@ def over_leaves(
     init: ``(shapes, feedback) -> state``.
     exchange: ``(leaves, state) -> (results, sents, state)``.
     bytes_sent: ``(shapes, workers) -> bytes``, for at least two workers.
+    alone: ``(leaves, state) -> (results, state)`` of one worker, whose state
+      may come from more; by default nothing is owed.
     contraction: see :class:`Communicator`.
     unbiased: see :class:`Communicator`.
     agrees: see :class:`Communicator`.
@@ -137,16 +140,6 @@ def over_leaves(
 
   def exchange_fn(tree, state):
     leaves = exchanged_leaves(tree)
-    to_float32 = lambda leaf: (
-      leaf.astype(jnp.float32) if is_exchanged(leaf) else leaf
-    )
-    if collectives.axis_size(axis) == 1:
-      # A sum over one worker moves nothing; it marks the result as agreed.
-      agreed = collectives.psum(tree, axis) if agrees else tree
-      return agreed, jax.tree.map(to_float32, tree), state
-    results, sents, state = exchange(
-      [leaf.astype(jnp.float32) for leaf in leaves], state
-    )
 
     def put(new, dtype=None):
       """The tree with new numbers."""
@@ -160,6 +153,15 @@ def over_leaves(
         tree,
       )
 
+    if collectives.axis_size(axis) == 1:
+      results, state = alone(leaves, state)
+      if agrees:
+        # A sum over one worker moves nothing; it marks the result as agreed.
+        results = collectives.psum(results, axis)
+      return put(results), put(leaves, jnp.float32), state
+    results, sents, state = exchange(
+      [leaf.astype(jnp.float32) for leaf in leaves], state
+    )
     return put(results), put(sents, jnp.float32), state
 
   def bytes_fn(tree, workers):

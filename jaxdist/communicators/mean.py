@@ -26,8 +26,8 @@ class MeanState(NamedTuple):
   Attributes:
     count: exchanges so far; seeds the codes. The same on all workers.
     dropped: what encoding the reduced chunks dropped, for each bucket a block
-      matrix of this worker's chunk; ``None`` where there is no second encoding
-      or no feedback. Each worker's own.
+      matrix of this worker's chunk; ``None`` where there is never a second
+      encoding, or no feedback. Each worker's own.
   """
 
   count: Int32[Array, '']
@@ -60,9 +60,11 @@ def mean(
 
   in one collective a bucket and round. With feedback, what the second encoding
   of ``two_shot`` drops is kept by the worker that encoded it and added to its
-  chunk next time, as the server error of 1-bit Adam. With one worker nothing is
-  sent and nothing is lost. Bits on the wire need no further agreement: a
-  non-finite number on one worker makes the result non-finite on all.
+  chunk next time, as the server error of 1-bit Adam; where ``'auto'`` takes
+  another pattern after a change of the number of workers, it travels with the
+  next exchange. With one worker nothing is sent and nothing is lost. Bits on
+  the wire need no further agreement: a non-finite number on one worker makes
+  the result non-finite on all.
 
   Args:
     axis: name of the axis that the workers lie along.
@@ -121,19 +123,32 @@ def mean(
       like = payload_shape(code, blocks, size)
     return chosen, (blocks, size), like
 
+  # Whether there is a second encoding for some number of workers. The state
+  # then has room for what it drops at every number, so that it can be resized.
+  encodes_twice = method == 'two_shot' or (
+    method == 'auto' and not code.linear and code.block_size is not None
+  )
+
   def init(shapes, feedback):
-    workers = collectives.axis_size(axis) if feedback else 1
     dropped = None
-    if feedback and workers > 1:
+    if feedback and encodes_twice:
+      workers = collectives.axis_size(axis)
       patterns = [pattern(bucket, workers) for bucket in plan(shapes)]
       dropped = [
-        jnp.zeros((blocks // workers, size), jnp.float32)
-        if chosen == 'two_shot'
-        else None
-        for chosen, (blocks, size), _ in patterns
+        jnp.zeros((math.ceil(blocks / workers), size), jnp.float32)
+        for _, (blocks, size), _ in patterns
       ]
     dropped = PerWorker(collectives.vary(dropped, axis), 'split')
     return MeanState(jnp.zeros((), jnp.int32), dropped)
+
+  def alone(leaves, state):
+    """Takes what was dropped while there were more workers."""
+    if state.dropped.value is None:
+      return leaves, state
+    owed = buckets.from_blocks(
+      state.dropped.value, plan(leaves), [leaf.shape for leaf in leaves]
+    )
+    return list(map(jnp.add, leaves, owed)), init(leaves, feedback=True)
 
   def exchange(leaves, state):
     workers = collectives.axis_size(axis)
@@ -150,9 +165,20 @@ def mean(
       first_key, second_key = jax.random.split(own_key)
       shared = code.at(shared_key)
 
+      # Rows from a state of another number of workers: each is held by one
+      # worker and counts whole, so it enters the mean times their number.
+      late = None
+      if kept[i] is not None and chosen != 'two_shot':
+        late = workers * kept[i]
+        x = _add_to_chunk(x, late, axis, workers)
       payload = shared.encode(x, first_key)
-      sents.append(shared.decode(payload))
+      sent = shared.decode(payload)
       still_dropped = None
+      if late is not None:
+        # The caller's residual then keeps what the code drops of them.
+        sent = _add_to_chunk(sent, -late, axis, workers)
+        still_dropped = jnp.zeros_like(kept[i])
+      sents.append(sent)
       if chosen == 'psum':
         result = _psum_mean(shared, payload, axis, workers)
       elif chosen == 'gather':
@@ -164,13 +190,12 @@ def mean(
         )
       results.append(result)
       dropped.append(still_dropped)
+    dropped = collectives.vary(dropped, axis) if feedback else None
     shapes = [leaf.shape for leaf in leaves]
     return (
       buckets.from_blocks(results, plans, shapes),
       buckets.from_blocks(sents, plans, shapes),
-      MeanState(
-        state.count + 1, PerWorker(dropped if feedback else None, 'split')
-      ),
+      MeanState(state.count + 1, PerWorker(dropped, 'split')),
     )
 
   def bytes_sent(shapes, workers):
@@ -189,6 +214,7 @@ def mean(
     init,
     exchange,
     bytes_sent,
+    alone,
     contraction=code.contraction,
     unbiased=code.unbiased,
   )
@@ -231,6 +257,16 @@ def _cheapest(code, payload_bytes, workers):
 def _psum_mean(code, payload, axis, workers):
   total = jax.lax.psum(payload, axis)  # the wire
   return code.decode(jax.tree.map(lambda x: x / workers, total))
+
+
+def _add_to_chunk(x, rows, axis, workers):
+  """Adds rows to those blocks of ``x`` that this worker is to reduce."""
+  room = len(rows) * workers - len(x)
+  padded = jnp.pad(x, ((0, room), (0, 0)))
+  start = len(rows) * jax.lax.axis_index(axis)
+  chunk = jax.lax.dynamic_slice_in_dim(padded, start, len(rows))
+  padded = jax.lax.dynamic_update_slice_in_dim(padded, chunk + rows, start, 0)
+  return padded[: len(x)]
 
 
 def _decoded_mean(code, words, like):

@@ -41,6 +41,26 @@ def test_one_bad_number_is_dropped_by_all_and_leaves_no_trace(name):
   )
 
 
+@pytest.mark.parametrize('method', ['gather', 'two_shot'])
+def test_an_exchange_in_flight_that_overflows_is_given_up(method):
+  """Each number is finite and their sum is not: it would be so each time."""
+  code = jd.mean(
+    public.AXIS, jd.top_k(1 / 128, block_size=128), method, delay=1
+  )
+  tx = jd.error_feedback(code)
+  grads = np.zeros((6, WORKERS, 128), np.float32)
+  grads[:, :, 0] = 1.0
+  grads[2] *= 3e38
+  updates, state = public.run(tx, grads, jnp.zeros(128))
+  np.testing.assert_array_equal(updates[0, :, 0], [0, 1, 1, 0, 1, 1])
+  np.testing.assert_array_equal(state.communicator.lost, np.ones(WORKERS))
+  np.testing.assert_array_equal(state.skipped, np.zeros(WORKERS))
+  # The exchange that was given up is as if it had never been.
+  np.testing.assert_array_equal(state.communicator.communicator.count, [5] * 4)
+  for leaf in jax.tree.leaves((state.residual, updates)):
+    assert np.isfinite(leaf).all()
+
+
 def _train(tx, batches, make_mesh):
   where = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
   params = {'w': jnp.ones((24, 20)), 'b': jnp.ones(20)}

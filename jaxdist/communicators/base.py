@@ -79,6 +79,23 @@ def exchanged_leaves(tree: Any, what: str = 'updates') -> list[Any]:
   return [leaf for _, leaf in leaves if is_exchanged(leaf)]
 
 
+def all_finite(tree: Any) -> jax.Array:
+  """Whether all numbers of a tree are finite."""
+  finite = [jnp.all(jnp.isfinite(x)) for x in exchanged_leaves(tree)]
+  return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
+
+
+def where(condition: jax.Array, new: Any, old: Any) -> Any:
+  """``new`` if a scalar condition holds, else ``old``, leaf by leaf."""
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def cast(x: jax.Array, dtype: Any) -> jax.Array:
+  """Finite numbers in another dtype, finite there too: its ends are the limit."""
+  top = min(float(jnp.finfo(t).max) for t in (x.dtype, dtype))
+  return jnp.clip(x, -top, top).astype(dtype)
+
+
 def check_not_reduced(tree: Any, axis: str) -> None:
   """Raises if a leaf is known to be the same on all workers already."""
   if not collectives.is_tracked(axis):

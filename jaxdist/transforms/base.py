@@ -4,14 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from jaxdist.communicators.base import (
-  Communicator,
-  check_not_reduced,
-  exchanged_leaves,
-)
+from jaxdist.communicators.base import Communicator, check_not_reduced
+from jaxdist.communicators.base import all_finite as all_finite
+from jaxdist.communicators.base import where as where
 
 
 @jax.tree_util.register_static
@@ -63,17 +60,6 @@ def check_updates(updates: optax.Updates, layout: Layout, axis: str) -> None:
   """Raises if updates changed since init, or were reduced before."""
   layout.check(updates)
   check_not_reduced(updates, axis)
-
-
-def all_finite(tree: Any) -> jax.Array:
-  """Whether all numbers of a tree are finite."""
-  finite = [jnp.all(jnp.isfinite(x)) for x in exchanged_leaves(tree)]
-  return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
-
-
-def where(condition: jax.Array, new: Any, old: Any) -> Any:
-  """``new`` if a scalar condition holds, else ``old``, leaf by leaf."""
-  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def check_communicator(communicator: Communicator, *, agrees: bool) -> None:

@@ -61,6 +61,19 @@ def test_an_exchange_in_flight_that_overflows_is_given_up(method):
     assert np.isfinite(leaf).all()
 
 
+def test_what_feedback_adds_up_stays_in_the_range_of_the_dtype():
+  """Two numbers near the end of float16 in turn: neither is an infinity."""
+  code = jd.mean(public.AXIS, jd.top_k(1 / 128, block_size=128))
+  grads = np.zeros((3, 2, 128), np.float16)
+  grads[:, :, 0], grads[:, :, 1] = 60000, 59000
+  updates, state = public.run(
+    jd.error_feedback(code), jnp.asarray(grads), jnp.zeros(128, jnp.float16)
+  )
+  want = [[60000, 0], [0, 65504], [65504, 0]]
+  np.testing.assert_array_equal(updates[0, :, :2], np.float16(want))
+  np.testing.assert_array_equal(state.skipped, [0, 0])
+
+
 def _train(tx, batches, make_mesh):
   where = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
   params = {'w': jnp.ones((24, 20)), 'b': jnp.ones(20)}

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int32
 
 from jaxdist.communicators import collectives
-from jaxdist.communicators.base import Communicator
+from jaxdist.communicators.base import Communicator, cast
 from jaxdist.state import PerWorker
 from jaxdist.transforms import base
 
@@ -94,7 +94,7 @@ def error_feedback(
     )
     finite = base.all_finite(mean)
     mean = jax.tree.map(
-      lambda m, g: jnp.where(finite, m, 0).astype(g.dtype), mean, updates
+      lambda m, g: cast(jnp.where(finite, m, 0), g.dtype), mean, updates
     )
     return mean, ErrorFeedbackState(
       base.where(finite, residual, state.residual),

@@ -197,3 +197,11 @@ def test_biased_code_without_feedback_warns():
 def test_feedback_for_a_code_that_expands_is_refused():
   with pytest.raises(ValueError, match='feedback needs a code that contracts'):
     jd.error_feedback(jd.mean(public.AXIS, jd.ternary()))
+
+
+@pytest.mark.parametrize(
+  'code', [jd.ternary(), jd.random_k(0.1, unbiased=True)]
+)
+def test_gossip_with_a_code_that_expands_is_refused(code):
+  with pytest.raises(ValueError, match='difference coding needs a code that'):
+    jd.gossip(public.AXIS, compressor=code, mixing=0.1)

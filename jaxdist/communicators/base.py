@@ -48,6 +48,15 @@ class Communicator:
     return self.name
 
 
+def check_communicator(communicator: Any) -> None:
+  """Raises if an argument is no communicator."""
+  if not isinstance(communicator, Communicator):
+    raise ValueError(
+      f'communicator must be a jd.Communicator such as jd.mean(axis, code), '
+      f'got {communicator!r}.'
+    )
+
+
 def is_exchanged(leaf: Any) -> bool:
   """Whether a leaf holds numbers at all: empty leaves pass by."""
   return leaf.size > 0
@@ -91,7 +100,7 @@ def where(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def cast(x: jax.Array, dtype: Any) -> jax.Array:
-  """Finite numbers in another dtype, finite there too: its ends are the limit."""
+  """Finite numbers in another dtype, cut to the range that it has."""
   top = min(float(jnp.finfo(t).max) for t in (x.dtype, dtype))
   return jnp.clip(x, -top, top).astype(dtype)
 
@@ -153,6 +162,7 @@ def over_leaves(
     ]
 
   def init_fn(tree, feedback=False):
+    collectives.axis_size(axis)  # Raises here if the axis is not bound.
     return init(shapes_of(tree), feedback)
 
   def exchange_fn(tree, state):
@@ -176,13 +186,16 @@ def over_leaves(
         # A sum over one worker moves nothing; it marks the result as agreed.
         results = collectives.psum(results, axis)
       return put(results), put(leaves, jnp.float32), state
+    if not leaves:
+      return put([]), put([], jnp.float32), state
     results, sents, state = exchange(
       [leaf.astype(jnp.float32) for leaf in leaves], state
     )
     return put(results), put(sents, jnp.float32), state
 
   def bytes_fn(tree, workers):
-    return bytes_sent(shapes_of(tree), workers) if workers > 1 else 0.0
+    shapes = shapes_of(tree)
+    return bytes_sent(shapes, workers) if shapes and workers > 1 else 0.0
 
   return Communicator(
     name,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from jaxdist.communicators import base, buckets, collectives
+from jaxdist.communicators import base, buckets, checks, collectives
 from jaxdist.communicators.delayed import delayed
 from jaxdist.compressors import base as codes
 from jaxdist.compressors.identity import identity
@@ -98,8 +98,13 @@ def mean(
     Tang et al, `1-bit Adam <https://arxiv.org/abs/2102.02888>`_, 2021 (the two
     rounds and the second residual)
   """
+  checks.check_axis(axis)
+  checks.check_compressor(compressor)
   code = compressor if compressor is not None else identity(block_size=128)
-  _check(axis, code, method, delay, bucket_bytes)
+  _check_method(method, code)
+  delay = checks.integer('delay', delay, 0, 2)
+  bucket_bytes = checks.integer('bucket_bytes', bucket_bytes, 1)
+  seed = checks.seed(seed)
   bucket_size = None
   if code.block_size:
     bucket_size = max(1, bucket_bytes // (4 * code.block_size))
@@ -296,11 +301,7 @@ def _two_shot_mean(code, payload, like, axis, workers, kept, key):
   return result, kept
 
 
-def _check(axis, code, method, delay, bucket_bytes):
-  if not isinstance(axis, str) or not axis:
-    raise ValueError(f'axis must be the name of an axis, got {axis!r}.')
-  if not isinstance(code, codes.Compressor):
-    raise ValueError(f'compressor must be a jd.Compressor, got {code!r}.')
+def _check_method(method, code):
   methods = Method.__args__
   if method not in methods:
     raise ValueError(f'method must be one of {methods}, got {method!r}.')
@@ -314,7 +315,3 @@ def _check(axis, code, method, delay, bucket_bytes):
       f"method='two_shot' gives each worker some of the blocks; {code!r} has "
       f'only one. Use method="gather".'
     )
-  if delay not in (0, 1):
-    raise ValueError(f'delay must be 0 or 1 steps, got {delay!r}.')
-  if bucket_bytes < 1:
-    raise ValueError(f'bucket_bytes must be at least 1, got {bucket_bytes}.')

@@ -27,9 +27,9 @@ def partition(
     A :class:`Communicator`.
 
   Raises:
-    ValueError: if there are no communicators, they run along different axes,
-      some agree between workers and some don't, or a label is unknown (when
-      ``init`` runs).
+    ValueError: if there are no communicators or one is something else, they run
+      along different axes, some agree between workers and some don't, or a
+      label is unknown (when ``init`` runs).
 
   Examples:
     >>> import jax.numpy as jnp
@@ -46,6 +46,8 @@ def partition(
   """
   if not communicators:
     raise ValueError('communicators must have at least one entry, got none.')
+  for communicator in communicators.values():
+    base.check_communicator(communicator)
   axes = sorted({c.axis for c in communicators.values()})
   if len(axes) > 1:
     raise ValueError(f'communicators must share one axis, got {axes}.')

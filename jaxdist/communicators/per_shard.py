@@ -56,7 +56,7 @@ def per_shard(
     >>> tuple(state.opt_state[0].residual.value['w'].sharding.spec)
     ('dcn', 'fsdp')
   """
-
+  base.check_communicator(communicator)
   axis = communicator.axis
 
   def init(tree, feedback=False):

@@ -60,6 +60,16 @@ WRAPPED = {
   'inject_hyperparams_around': lambda: optax.inject_hyperparams(
     lambda lr: optax.chain(jd.error_feedback(MEAN), optax.sgd(lr))
   )(0.01),
+  'inject_hyperparams_of_feedback': lambda: optax.inject_hyperparams(
+    lambda decay: optax.chain(
+      jd.error_feedback(MEAN, decay=decay), optax.adam(0.01)
+    )
+  )(0.9),
+  'inject_hyperparams_of_gossip': lambda: optax.inject_hyperparams(
+    lambda mixing: jd.local_sgd(
+      optax.adam(0.01), jd.gossip(public.AXIS, mixing=mixing), every=2
+    )
+  )(0.5),
   'schedule': lambda: jd.local_sgd(
     optax.sgd(optax.linear_schedule(0.1, 0.01, 4)), MEAN, every=2
   ),

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int32
 
 from jaxdist.communicators import collectives
@@ -31,7 +32,7 @@ class ErrorFeedbackState(NamedTuple):
 
 
 def error_feedback(
-  communicator: Communicator, *, decay: float = 1.0
+  communicator: Communicator, *, decay: ArrayLike = 1.0
 ) -> optax.GradientTransformation:
   r"""Communicates updates and carries what was dropped into the next step.
 
@@ -117,7 +118,7 @@ def exchange_with_feedback(
   updates: optax.Updates,
   residual: PerWorker,
   communicator_state: Any,
-  decay: float,
+  decay: ArrayLike,
 ) -> tuple[optax.Updates, PerWorker, Any]:
   """One exchange of updates plus decayed residual.
 

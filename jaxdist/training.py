@@ -9,7 +9,7 @@ import optax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Int32
 
-from jaxdist import placement
+from jaxdist import lifting, placement
 from jaxdist import state as worker_state
 from jaxdist.communicators import collectives
 from jaxdist.state import PerWorker
@@ -65,7 +65,8 @@ def init(
 
   Raises:
     ValueError: if not exactly one of ``mesh`` and ``workers`` is given, the
-      mesh has no such axis, or ``specs`` do not fit it.
+      mesh has no such axis, ``specs`` do not fit it, or an Optax wrapper around
+      a communicator cannot work.
 
   Examples:
     >>> import jaxdist as jd
@@ -76,6 +77,7 @@ def init(
     (4, 3)
   """
   _check_workers(mesh, workers, axis, specs)
+  tx = lifting.lifted(tx, axis)
 
   def worker_init(params):
     opt_state = tx.init(params)
@@ -168,6 +170,7 @@ def train_step(
     (Array(2., dtype=float32), Array([1., 9.], dtype=float32))
   """
   _check_workers(mesh, workers, axis, specs)
+  tx = lifting.lifted(tx, axis)
   count = workers if mesh is None else mesh.shape[axis]
 
   def worker_step(state, batch):

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Int32
 
 from jaxdist import lifting, placement
 from jaxdist import state as worker_state
-from jaxdist.communicators import collectives
-from jaxdist.state import PerWorker
+from jaxdist.communicators import checks, collectives
+from jaxdist.state import PerShard, PerWorker
 from jaxdist.transforms.base import all_finite, where
 
 
@@ -24,9 +24,9 @@ class TrainState(NamedTuple):
       lets them drift.
     opt_state: the transform's state.
     step: steps so far. The same on all workers.
-    skipped: steps dropped for a non-finite gradient; in a
-      :class:`jaxdist.PerWorker` if parameters drift, since a worker then drops
-      local steps on its own.
+    skipped: steps dropped because a gradient, an exchange or the parameters
+      after it were not finite; in a :class:`jaxdist.PerWorker` if parameters
+      drift, since a worker then drops local steps on its own.
   """
 
   params: Any
@@ -132,9 +132,11 @@ def train_step(
   Each worker differentiates the loss of its own part of the batch and gives
   the gradient to ``tx``, which communicates. **On the wire:** what ``tx``
   sends, and one int32 all-reduce by which all workers drop a step together if
-  the gradient of one is not finite: parameters, residuals and momenta then stay
-  as they were. Where parameters drift, a worker drops such a step by itself,
-  and nothing but what ``tx`` sends is sent.
+  the gradient of one is not finite. They also do if ``tx`` drops an exchange,
+  or a parameter would stop being finite, which each of them sees in what all
+  have. Parameters, residuals and momenta then stay as they were. Where
+  parameters drift, a worker drops such a step by itself, and nothing but what
+  ``tx`` sends is sent.
 
   Args:
     loss_fn: from parameters and one worker's batch to a scalar loss.
@@ -173,6 +175,13 @@ def train_step(
   tx = lifting.lifted(tx, axis)
   count = workers if mesh is None else mesh.shape[axis]
 
+  def worker_update(grads, opt_state, params):
+    updates, opt_state = tx.update(grads, opt_state, params)
+    if not worker_state.drifts(opt_state):
+      _check_shared(updates, axis, 'updates')
+    _check_shared(opt_state, axis, 'opt_state')
+    return updates, opt_state
+
   def worker_step(state, batch):
     drifting = isinstance(state.params, PerWorker)
     params = state.params.value if drifting else state.params
@@ -181,29 +190,26 @@ def train_step(
     )
     if specs is not None:
       grads = _constrain(grads, placement.leaf_specs(specs, grads))
-    bad = jnp.where(all_finite(grads), 0, 1)
-    updates, opt_state = tx.update(grads, state.opt_state, params)
+    updates, opt_state = worker_update(grads, state.opt_state, params)
+    new_params = optax.apply_updates(params, updates)
+    added = lambda field: (
+      _count(opt_state, field) - _count(state.opt_state, field)
+    )
+    dropped, lost = added('skipped'), added('lost')
     if drifting:
+      skipped = state.skipped.value + dropped + lost
       new = TrainState(
-        PerWorker(optax.apply_updates(params, updates)),
-        opt_state,
-        state.step + 1,
-        PerWorker(state.skipped.value + bad),
+        PerWorker(new_params), opt_state, state.step + 1, PerWorker(skipped)
       )
-      skipped = new.skipped.value
     else:
+      bad = jnp.where(all_finite(grads), 0, 1)
       bad = collectives.psum(bad, axis) > 0  # the wire
-      _check_shared(updates, axis, 'updates')
-      new = TrainState(
-        optax.apply_updates(params, updates),
-        opt_state,
-        state.step,
-        state.skipped,
-      )
+      bad |= (dropped > 0) | ~_stay_finite(params, new_params)
+      skipped = state.skipped + jnp.where(bad, 1, lost)
+      new = TrainState(new_params, opt_state, state.step, skipped)
       new = where(bad, state, new)._replace(
-        step=state.step + 1, skipped=state.skipped + bad
+        step=state.step + 1, skipped=skipped
       )
-      skipped = new.skipped
     metrics = {'loss': loss, 'skipped': skipped}
     return new, jax.tree.map(PerWorker, collectives.vary(metrics, axis))
 
@@ -211,6 +217,7 @@ def train_step(
     _check_batch(batch, count)
     metrics_like = dict.fromkeys(('loss', 'skipped'), PerWorker(0))
     if mesh is None:
+      _check_simulated(worker_update, state, axis, count)
       axes = _vmap_axes(state)
       run = jax.vmap(
         worker_step, (axes, 0), (axes, _vmap_axes(metrics_like)), axis_name=axis
@@ -292,8 +299,8 @@ def _check_workers(mesh, workers, axis, specs):
       f'axis must be one of the axes of the mesh, {mesh.axis_names}, got '
       f'{axis!r}.'
     )
-  if workers is not None and workers < 1:
-    raise ValueError(f'workers must be at least 1, got {workers}.')
+  if workers is not None:
+    checks.integer('workers', workers, 1)
   if mesh is None and specs is not None:
     raise ValueError(
       f'specs cut parameters over the devices of a mesh, and simulated workers '
@@ -311,14 +318,78 @@ def _check_batch(batch, count):
       )
 
 
+class _NotSharedError(ValueError):
+  """What all workers must have alike differs between them."""
+
+
 def _check_shared(tree, axis, what):
   if not collectives.is_tracked(axis):
     return
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if collectives.varies(leaf, axis):
-      raise ValueError(
-        f'{what} must be the same on all workers of axis {axis!r}, but '
-        f'{what}{jax.tree_util.keystr(path)} differs: tx has no communicator '
-        f'along this axis. Put one first, as in '
-        f'optax.chain(jd.communicate(jd.mean({axis!r})), ...).'
+  paths = jax.tree_util.tree_leaves_with_path(
+    tree, is_leaf=worker_state.is_per_worker
+  )
+  for path, leaf in paths:
+    if worker_state.is_per_worker(leaf) or not collectives.varies(leaf, axis):
+      continue
+    advice = (
+      f'tx has no communicator along this axis. Put one first, as in '
+      f'optax.chain(jd.communicate(jd.mean({axis!r})), ...).'
+    )
+    if what == 'opt_state':
+      advice = (
+        "a transform remembers there what it saw of this worker's gradients "
+        'alone. Put it behind the communicator, or wrap it, as in optax.chain('
+        'jd.per_worker(optax.trace(0.9)), jd.error_feedback(...), ...).'
       )
+    raise _NotSharedError(
+      f'{what} must be the same on all workers of axis {axis!r}, but '
+      f'{what}{jax.tree_util.keystr(path)} differs: {advice}'
+    )
+
+
+def _check_simulated(worker_update, state, axis, count):
+  """Checks simulated workers as those on a mesh, whose arrays' types tell."""
+  if count == 1:
+    return
+
+  def probe(args):
+    params, opt_state = worker_state.local(args)
+    params = params.value if isinstance(params, PerWorker) else params
+    return worker_update(collectives.vary(params, axis), opt_state, params)
+
+  args = state.params, state.opt_state
+  try:
+    collectives.shapes_inside(
+      probe,
+      worker_state.specs(args, axis),
+      args,
+      mesh=AbstractMesh((count,), (axis,)),
+      axis_names={axis},
+    )
+  except _NotSharedError:
+    raise
+  except (TypeError, ValueError):
+    # What JAX cannot type over a mesh can be simulated all the same.
+    pass
+
+
+def _count(opt_state, field):
+  """Sum of the counters of this name, as one worker sees them.
+
+  Those inside a :class:`PerShard` lie on several devices: adding them up would
+  take an exchange between these.
+  """
+  is_leaf = lambda x: isinstance(x, PerWorker | PerShard)
+  total = jnp.zeros((), jnp.int32)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf):
+    if path and path[-1] == jax.tree_util.GetAttrKey(field):
+      total += leaf.value if worker_state.is_per_worker(leaf) else leaf
+  return total
+
+
+def _stay_finite(old, new):
+  """Whether no number stops being finite."""
+  kept = jax.tree.map(
+    lambda a, b: jnp.all(jnp.isfinite(b) | ~jnp.isfinite(a)), old, new
+  )
+  return jnp.all(jnp.stack(jax.tree.leaves(kept)))

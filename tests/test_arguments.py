@@ -112,7 +112,7 @@ AT_CONSTRUCTION = [
   ),
   (
     lambda: jd.init(optax.sgd(1.0), PARAMS, axis='data', workers=0),
-    r'workers must be at least 1, got 0',
+    r'workers must be an integer of at least 1, got 0',
   ),
   (
     lambda: jd.train_step(lambda p, x: 0.0, optax.sgd(1.0), axis='data'),

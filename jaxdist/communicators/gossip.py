@@ -123,6 +123,7 @@ def gossip(
     )
     x = buckets.to_blocks(leaves, plan[0], *matrix_shape(leaves))
     key = jax.random.fold_in(jax.random.key(seed), state.count)
+    key = collectives.shard_key(key, x, axis)
     shared_key, own_key = jax.random.split(key)
     own_key = jax.random.fold_in(own_key, jax.lax.axis_index(axis))
     shared = code.at(shared_key)

@@ -165,7 +165,8 @@ def mean(
     for i, bucket in enumerate(plans):
       chosen, (blocks, size), like = pattern(bucket, workers)
       x = buckets.to_blocks(leaves, bucket, blocks, size)
-      shared_key, own_key = jax.random.split(jax.random.fold_in(base_key, i))
+      key = collectives.shard_key(jax.random.fold_in(base_key, i), x, axis)
+      shared_key, own_key = jax.random.split(key)
       own_key = jax.random.fold_in(own_key, jax.lax.axis_index(axis))
       first_key, second_key = jax.random.split(own_key)
       shared = code.at(shared_key)

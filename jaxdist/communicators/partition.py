@@ -15,7 +15,9 @@ def partition(
 ) -> base.Communicator:
   """Sends each leaf through the communicator that its label names.
 
-  Norms and biases are few numbers that lossy codes hurt: send them whole.
+  Norms and biases are few numbers that lossy codes hurt: send them whole. Codes
+  that draw random numbers draw the same for two labels whose communicators have
+  the same seed: give them different ones.
   **On the wire:** the sum of what the communicators send.
 
   Args:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Int32
 
-from jaxdist import lifting, placement
+from jaxdist import lifting, placement, shared
 from jaxdist import state as worker_state
 from jaxdist.communicators import checks, collectives
 from jaxdist.state import PerShard, PerWorker
@@ -172,14 +172,21 @@ def train_step(
     (Array(2., dtype=float32), Array([1., 9.], dtype=float32))
   """
   _check_workers(mesh, workers, axis, specs)
+  if batch_spec is not None and (
+    mesh is None or not isinstance(batch_spec, PartitionSpec)
+  ):
+    raise ValueError(
+      f'batch_spec must be a jax.sharding.PartitionSpec over the devices of a '
+      f'mesh, got batch_spec={batch_spec!r} and mesh={mesh!r}.'
+    )
   tx = lifting.lifted(tx, axis)
   count = workers if mesh is None else mesh.shape[axis]
 
   def worker_update(grads, opt_state, params):
     updates, opt_state = tx.update(grads, opt_state, params)
     if not worker_state.drifts(opt_state):
-      _check_shared(updates, axis, 'updates')
-    _check_shared(opt_state, axis, 'opt_state')
+      shared.check_shared(updates, axis, 'updates')
+    shared.check_shared(opt_state, axis, 'opt_state')
     return updates, opt_state
 
   def worker_step(state, batch):
@@ -217,7 +224,9 @@ def train_step(
     _check_batch(batch, count)
     metrics_like = dict.fromkeys(('loss', 'skipped'), PerWorker(0))
     if mesh is None:
-      _check_simulated(worker_update, state, axis, count)
+      shared.check_simulated(
+        worker_update, state.params, state.opt_state, axis, count
+      )
       axes = _vmap_axes(state)
       run = jax.vmap(
         worker_step, (axes, 0), (axes, _vmap_axes(metrics_like)), axis_name=axis
@@ -316,61 +325,6 @@ def _check_batch(batch, count):
         f'workers, {count}: batch{jax.tree_util.keystr(path)} has shape '
         f'{leaf.shape}.'
       )
-
-
-class _NotSharedError(ValueError):
-  """What all workers must have alike differs between them."""
-
-
-def _check_shared(tree, axis, what):
-  if not collectives.is_tracked(axis):
-    return
-  paths = jax.tree_util.tree_leaves_with_path(
-    tree, is_leaf=worker_state.is_per_worker
-  )
-  for path, leaf in paths:
-    if worker_state.is_per_worker(leaf) or not collectives.varies(leaf, axis):
-      continue
-    advice = (
-      f'tx has no communicator along this axis. Put one first, as in '
-      f'optax.chain(jd.communicate(jd.mean({axis!r})), ...).'
-    )
-    if what == 'opt_state':
-      advice = (
-        "a transform remembers there what it saw of this worker's gradients "
-        'alone. Put it behind the communicator, or wrap it, as in optax.chain('
-        'jd.per_worker(optax.trace(0.9)), jd.error_feedback(...), ...).'
-      )
-    raise _NotSharedError(
-      f'{what} must be the same on all workers of axis {axis!r}, but '
-      f'{what}{jax.tree_util.keystr(path)} differs: {advice}'
-    )
-
-
-def _check_simulated(worker_update, state, axis, count):
-  """Checks simulated workers as those on a mesh, whose arrays' types tell."""
-  if count == 1:
-    return
-
-  def probe(args):
-    params, opt_state = worker_state.local(args)
-    params = params.value if isinstance(params, PerWorker) else params
-    return worker_update(collectives.vary(params, axis), opt_state, params)
-
-  args = state.params, state.opt_state
-  try:
-    collectives.shapes_inside(
-      probe,
-      worker_state.specs(args, axis),
-      args,
-      mesh=AbstractMesh((count,), (axis,)),
-      axis_names={axis},
-    )
-  except _NotSharedError:
-    raise
-  except (TypeError, ValueError):
-    # What JAX cannot type over a mesh can be simulated all the same.
-    pass
 
 
 def _count(opt_state, field):

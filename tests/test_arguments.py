@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 import jaxdist as jd
 from jaxdist.transforms.base import check_communicator
@@ -117,6 +118,16 @@ AT_CONSTRUCTION = [
   (
     lambda: jd.train_step(lambda p, x: 0.0, optax.sgd(1.0), axis='data'),
     r'either mesh .* or workers',
+  ),
+  (
+    lambda: jd.train_step(
+      lambda p, x: 0.0,
+      optax.sgd(1.0),
+      axis='data',
+      workers=2,
+      batch_spec=PartitionSpec('fsdp'),
+    ),
+    r"batch_spec .* got batch_spec=P\S*\('fsdp',?\) and mesh=None",
   ),
 ]
 

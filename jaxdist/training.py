@@ -9,10 +9,10 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Int32
 
-from jaxdist import placement
+from jaxdist import lifting, placement, shared
 from jaxdist import state as worker_state
-from jaxdist.communicators import collectives
-from jaxdist.state import PerWorker
+from jaxdist.communicators import checks, collectives
+from jaxdist.state import PerShard, PerWorker
 from jaxdist.transforms.base import all_finite, where
 
 
@@ -24,9 +24,9 @@ class TrainState(NamedTuple):
       lets them drift.
     opt_state: the transform's state.
     step: steps so far. The same on all workers.
-    skipped: steps dropped for a non-finite gradient; in a
-      :class:`jaxdist.PerWorker` if parameters drift, since a worker then drops
-      local steps on its own.
+    skipped: steps dropped because a gradient, an exchange or the parameters
+      after it were not finite; in a :class:`jaxdist.PerWorker` if parameters
+      drift, since a worker then drops local steps on its own.
   """
 
   params: Any
@@ -66,7 +66,8 @@ def init(
 
   Raises:
     ValueError: if not exactly one of ``mesh`` and ``workers`` is given, the
-      mesh has no such axis, or ``specs`` do not fit it.
+      mesh has no such axis, ``specs`` do not fit it, or an Optax wrapper around
+      a communicator cannot work.
 
   Examples:
     >>> import jaxdist as jd
@@ -77,6 +78,7 @@ def init(
     (4, 3)
   """
   _check_workers(mesh, workers, axis, specs)
+  tx = lifting.lifted(tx, axis)
 
   def worker_init(params):
     opt_state = tx.init(params)
@@ -131,9 +133,11 @@ def train_step(
   Each worker differentiates the loss of its own part of the batch and gives
   the gradient to ``tx``, which communicates. **On the wire:** what ``tx``
   sends, and one int32 all-reduce by which all workers drop a step together if
-  the gradient of one is not finite: parameters, residuals and momenta then stay
-  as they were. Where parameters drift, a worker drops such a step by itself,
-  and nothing but what ``tx`` sends is sent. What ``tx`` exchanges late, such as
+  the gradient of one is not finite. They also do if ``tx`` drops an exchange,
+  or a parameter would stop being finite, which each of them sees in what all
+  have. Parameters, residuals and momenta then stay as they were. Where
+  parameters drift, a worker drops such a step by itself, and nothing but what
+  ``tx`` sends is sent. What ``tx`` exchanges late, such as
   :func:`jaxdist.diloco` with a delay, lies open across the forward and backward
   pass.
 
@@ -171,8 +175,22 @@ def train_step(
     (Array(2., dtype=float32), Array([1., 9.], dtype=float32))
   """
   _check_workers(mesh, workers, axis, specs)
+  if batch_spec is not None and (
+    mesh is None or not isinstance(batch_spec, PartitionSpec)
+  ):
+    raise ValueError(
+      f'batch_spec must be a jax.sharding.PartitionSpec over the devices of a '
+      f'mesh, got batch_spec={batch_spec!r} and mesh={mesh!r}.'
+    )
+  tx = lifting.lifted(tx, axis)
   count = workers if mesh is None else mesh.shape[axis]
-  tx = optax.with_extra_args_support(tx)
+
+  def worker_update(grads, opt_state, params, **extra_args):
+    updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
+    if not worker_state.drifts(opt_state):
+      shared.check_shared(updates, axis, 'updates')
+    shared.check_shared(opt_state, axis, 'opt_state')
+    return updates, opt_state
 
   def one_step(state, batch, **extra_args):
     drifting = isinstance(state.params, PerWorker)
@@ -182,29 +200,28 @@ def train_step(
     )
     if specs is not None:
       grads = _constrain(grads, placement.leaf_specs(specs, grads))
-    bad = jnp.where(all_finite(grads), 0, 1)
-    updates, opt_state = tx.update(grads, state.opt_state, params, **extra_args)
+    updates, opt_state = worker_update(
+      grads, state.opt_state, params, **extra_args
+    )
+    new_params = optax.apply_updates(params, updates)
+    added = lambda field: (
+      _count(opt_state, field) - _count(state.opt_state, field)
+    )
+    dropped, lost = added('skipped'), added('lost')
     if drifting:
+      skipped = state.skipped.value + dropped + lost
       new = TrainState(
-        PerWorker(optax.apply_updates(params, updates)),
-        opt_state,
-        state.step + 1,
-        PerWorker(state.skipped.value + bad),
+        PerWorker(new_params), opt_state, state.step + 1, PerWorker(skipped)
       )
-      skipped = new.skipped.value
     else:
+      bad = jnp.where(all_finite(grads), 0, 1)
       bad = collectives.psum(bad, axis) > 0  # the wire
-      _check_shared(updates, axis, 'updates')
-      new = TrainState(
-        optax.apply_updates(params, updates),
-        opt_state,
-        state.step,
-        state.skipped,
-      )
+      bad |= (dropped > 0) | ~_stay_finite(params, new_params)
+      skipped = state.skipped + jnp.where(bad, 1, lost)
+      new = TrainState(new_params, opt_state, state.step, skipped)
       new = where(bad, state, new)._replace(
-        step=state.step + 1, skipped=state.skipped + bad
+        step=state.step + 1, skipped=skipped
       )
-      skipped = new.skipped
     metrics = {'loss': loss, 'skipped': skipped}
     return new, jax.tree.map(PerWorker, collectives.vary(metrics, axis))
 
@@ -230,6 +247,9 @@ def train_step(
     _check_batch(batch, count)
     metrics_like = dict.fromkeys(('loss', 'skipped'), PerWorker(0))
     if mesh is None:
+      shared.check_simulated(
+        worker_update, state.params, state.opt_state, axis, count
+      )
       axes = _vmap_axes(state)
       run = jax.vmap(
         worker_step, (axes, 0), (axes, _vmap_axes(metrics_like)), axis_name=axis
@@ -352,8 +372,8 @@ def _check_workers(mesh, workers, axis, specs):
       f'axis must be one of the axes of the mesh, {mesh.axis_names}, got '
       f'{axis!r}.'
     )
-  if workers is not None and workers < 1:
-    raise ValueError(f'workers must be at least 1, got {workers}.')
+  if workers is not None:
+    checks.integer('workers', workers, 1)
   if mesh is None and specs is not None:
     raise ValueError(
       f'specs cut parameters over the devices of a mesh, and simulated workers '
@@ -371,14 +391,23 @@ def _check_batch(batch, count):
       )
 
 
-def _check_shared(tree, axis, what):
-  if not collectives.is_tracked(axis):
-    return
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if collectives.varies(leaf, axis):
-      raise ValueError(
-        f'{what} must be the same on all workers of axis {axis!r}, but '
-        f'{what}{jax.tree_util.keystr(path)} differs: tx has no communicator '
-        f'along this axis. Put one first, as in '
-        f'optax.chain(jd.communicate(jd.mean({axis!r})), ...).'
-      )
+def _count(opt_state, field):
+  """Sum of the counters of this name, as one worker sees them.
+
+  Those inside a :class:`PerShard` lie on several devices: adding them up would
+  take an exchange between these.
+  """
+  is_leaf = lambda x: isinstance(x, PerWorker | PerShard)
+  total = jnp.zeros((), jnp.int32)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf):
+    if path and path[-1] == jax.tree_util.GetAttrKey(field):
+      total += leaf.value if worker_state.is_per_worker(leaf) else leaf
+  return total
+
+
+def _stay_finite(old, new):
+  """Whether no number stops being finite."""
+  kept = jax.tree.map(
+    lambda a, b: jnp.all(jnp.isfinite(b) | ~jnp.isfinite(a)), old, new
+  )
+  return jnp.all(jnp.stack(jax.tree.leaves(kept)))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 import jaxdist as jd
 from jaxdist.transforms.base import check_communicator
@@ -38,6 +39,21 @@ AT_CONSTRUCTION = [
     r'global_top_k\(.*\) has only one',
   ),
   (lambda: jd.mean('data', bucket_bytes=0), r'bucket_bytes .* got 0'),
+  (
+    lambda: unchecked(jd.mean)('data', bucket_bytes=1.5),
+    r'bucket_bytes must be an integer .* got 1\.5',
+  ),
+  (lambda: jd.mean('data', delay=2), r'delay .* in \[0, 2\), got 2'),
+  (lambda: jd.mean('data', delay=True), r'delay .* got True'),
+  (lambda: jd.mean('data', seed=2**32), r'seed .* got 4294967296'),
+  (lambda: jd.low_rank_mean('data', 1, seed=-1), r'seed .* got -1'),
+  (lambda: unchecked(jd.gossip)('data', seed='a'), r"seed .* got 'a'"),
+  (lambda: unchecked(jd.low_rank_mean)(('a', 'b'), 2), r"axis .*\('a', 'b'\)"),
+  (lambda: jd.gossip(''), r"axis must be the name of an axis, got ''"),
+  (
+    lambda: unchecked(jd.gossip)('data', compressor='sign'),
+    r"compressor must be .* got 'sign'",
+  ),
   (lambda: jd.low_rank_mean('data', 0), r'rank must be .* got 0'),
   (
     lambda: unchecked(jd.low_rank_mean)('data', 1.5),
@@ -45,6 +61,13 @@ AT_CONSTRUCTION = [
   ),
   (lambda: unchecked(jd.gossip)('data', 'star'), r"topology must be .*'star'"),
   (lambda: jd.gossip('data', mixing=0.0), r'mixing must be in \(0, 1\], got 0'),
+  (
+    lambda: unchecked(jd.gossip)('data', mixing=True),
+    r'mixing must be .* got True',
+  ),
+  (lambda: unchecked(jd.partition)({'a': 'x'}, None), r"communicator .*'x'"),
+  (lambda: unchecked(jd.per_shard)('x', None), r"communicator .*'x'"),
+  (lambda: unchecked(jd.per_worker)(3), r'tx must be an optax .* got 3'),
   (lambda: jd.partition({}, None), r'at least one entry'),
   (
     lambda: jd.partition({'a': MEAN, 'b': jd.mean('model')}, None),
@@ -58,7 +81,12 @@ AT_CONSTRUCTION = [
     lambda: unchecked(check_communicator)('data', agrees=True),
     r"communicator must be .* got 'data'",
   ),
+  (lambda: jd.low_rank_mean('data', True), r'rank must be .* got True'),
   (lambda: jd.error_feedback(TOP_K, decay=1.5), r'decay .* got 1\.5'),
+  (
+    lambda: unchecked(jd.error_feedback)(TOP_K, decay='half'),
+    r"decay must be in \(0, 1\], got 'half'",
+  ),
   (lambda: jd.error_feedback(jd.gossip('data')), r'same result'),
   (lambda: jd.communicate(jd.gossip('data')), r'same result'),
   (
@@ -85,11 +113,21 @@ AT_CONSTRUCTION = [
   ),
   (
     lambda: jd.init(optax.sgd(1.0), PARAMS, axis='data', workers=0),
-    r'workers must be at least 1, got 0',
+    r'workers must be an integer of at least 1, got 0',
   ),
   (
     lambda: jd.train_step(lambda p, x: 0.0, optax.sgd(1.0), axis='data'),
     r'either mesh .* or workers',
+  ),
+  (
+    lambda: jd.train_step(
+      lambda p, x: 0.0,
+      optax.sgd(1.0),
+      axis='data',
+      workers=2,
+      batch_spec=PartitionSpec('fsdp'),
+    ),
+    r"batch_spec .* got batch_spec=P\S*\('fsdp',?\) and mesh=None",
   ),
 ]
 
@@ -114,10 +152,54 @@ def update_with(grads, params=PARAMS, tx=None):
   return simulate(lambda _: tx.update(grads, tx.init(params), params)[0])
 
 
-def test_unbound_axis_is_named():
-  tx = jd.error_feedback(jd.mean('dta', jd.top_k(0.1)))
+def test_integers_and_floats_of_numpy_are_numbers():
+  one = np.int64(1)
+  for make in (
+    lambda number: unchecked(jd.mean)(
+      'data', bucket_bytes=number, seed=number, delay=number
+    ),
+    lambda number: unchecked(jd.low_rank_mean)('data', number, seed=number),
+    lambda number: unchecked(jd.top_k)(0.5, block_size=128 * number),
+  ):
+    assert repr(make(one)) == repr(make(1))
+  unchecked(jd.error_feedback)(TOP_K, decay=np.float32(0.5))
+  unchecked(jd.gossip)('data', mixing=np.float32(0.5))
+  assert repr(unchecked(jd.top_k)(np.float32(0.5))) == repr(jd.top_k(0.5))
+
+
+@pytest.mark.parametrize('where', [{'mesh': 2}, {'workers': 2}])
+@pytest.mark.parametrize(
+  'tx',
+  [
+    jd.error_feedback(jd.mean('dta', jd.top_k(0.1))),
+    jd.communicate(jd.mean('dta')),
+    jd.error_feedback(jd.low_rank_mean('dta', 1)),
+    jd.local_sgd(optax.sgd(1.0), jd.gossip('dta'), every=2),
+  ],
+)
+def test_unbound_axis_is_named(tx, where, make_mesh):
+  if 'mesh' in where:
+    where = {'mesh': make_mesh(2)}
   with pytest.raises(ValueError, match=r"'dta' is not bound here"):
-    simulate(lambda _: tx.init(PARAMS))
+    jd.init(tx, PARAMS, axis='data', **where)
+
+
+@pytest.mark.parametrize(
+  'communicator',
+  [
+    MEAN,
+    jd.mean('data', jd.global_top_k(0.1)),
+    jd.low_rank_mean('data', 1),
+    jd.gossip('data'),
+    jd.gossip('data', compressor=jd.global_top_k(0.1), mixing=0.5),
+  ],
+)
+def test_a_tree_without_numbers_passes_by(communicator):
+  empty = {'e': jnp.zeros((2, 0, 3))}
+  exchange = lambda x: communicator.exchange(x, communicator.init(x))[:2]
+  for tree in jax.vmap(exchange, axis_name='data')(empty):
+    assert tree['e'].shape == (2, 0, 3)
+  assert communicator.bytes_sent(empty, 2) == 0
 
 
 @pytest.mark.parametrize('dtype', ['int32', 'complex64', 'bool'])

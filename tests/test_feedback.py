@@ -69,10 +69,12 @@ def held_back(state, tree, bucket_size=None):
   if not isinstance(state, MeanState):
     return np.zeros(sum(sizes))
   plan = buckets.plan(sizes, bucket_size or sum(sizes))
+  if state.dropped.value is None:
+    return np.zeros(sum(sizes))
   lengths = map(buckets.bucket_length, plan)
   return np.concatenate(
     [
-      np.zeros(length) if kept is None else np.ravel(kept)[:length]
+      np.ravel(kept)[:length]
       for length, kept in zip(lengths, state.dropped.value, strict=True)
     ]
   )
@@ -133,9 +135,8 @@ def test_conservation_for_any_leaves(leaves, workers, density, method, seed):
   mean, sent, dropped = exchange(tree)
   flat = lambda tree: np.concatenate([np.asarray(x) for x in tree], axis=1)
   total = flat(mean)[0]
-  for kept in dropped:
-    if kept is not None:
-      total = total + np.asarray(kept).reshape(-1)[: len(total)]
+  for kept in dropped or []:
+    total = total + np.asarray(kept).reshape(-1)[: len(total)]
   np.testing.assert_allclose(total, flat(sent).mean(0), atol=1e-6)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import public
 import pytest
+from jax.sharding import AxisType
 
 import jaxdist as jd
 
@@ -60,6 +61,16 @@ WRAPPED = {
   'inject_hyperparams_around': lambda: optax.inject_hyperparams(
     lambda lr: optax.chain(jd.error_feedback(MEAN), optax.sgd(lr))
   )(0.01),
+  'inject_hyperparams_of_feedback': lambda: optax.inject_hyperparams(
+    lambda decay: optax.chain(
+      jd.error_feedback(MEAN, decay=decay), optax.adam(0.01)
+    )
+  )(0.9),
+  'inject_hyperparams_of_gossip': lambda: optax.inject_hyperparams(
+    lambda mixing: jd.local_sgd(
+      optax.adam(0.01), jd.gossip(public.AXIS, mixing=mixing), every=2
+    )
+  )(0.5),
   'schedule': lambda: jd.local_sgd(
     optax.sgd(optax.linear_schedule(0.1, 0.01, 4)), MEAN, every=2
   ),
@@ -83,6 +94,16 @@ WRAPPED = {
     MEAN,
     every=2,
   ),
+  'multi_steps_behind': lambda: optax.chain(
+    jd.error_feedback(MEAN),
+    optax.MultiSteps(optax.adam(0.01), 2).gradient_transformation(),
+  ),
+  'multi_steps_around_local_sgd': lambda: optax.MultiSteps(
+    jd.local_sgd(optax.adam(0.01), MEAN, every=2), 2
+  ).gradient_transformation(),
+  'apply_if_finite_behind': lambda: optax.chain(
+    jd.error_feedback(MEAN), optax.apply_if_finite(optax.adam(0.01), 3)
+  ),
   'clip_before_and_after': lambda: optax.chain(
     optax.clip_by_global_norm(1.0),
     jd.error_feedback(MEAN),
@@ -101,6 +122,52 @@ def test_optax_wrapper_keeps_working(name, make_mesh):
   assert np.isfinite(losses).all()
   assert losses[-1] < losses[0]
   jd.assert_in_sync(state)
+
+
+@pytest.mark.parametrize('where', ['Auto', 'Explicit', 'workers'])
+def test_multi_steps_around_is_a_larger_batch(where, make_mesh):
+  """Gradients differ between workers until they are exchanged: so do sums."""
+  inner = optax.chain(jd.error_feedback(MEAN), optax.adam(0.01))
+  around = optax.MultiSteps(inner, 2).gradient_transformation()
+  place = {'axis': public.AXIS}
+  if where == 'workers':
+    place['workers'] = WORKERS
+  else:
+    place['mesh'] = make_mesh(WORKERS, axis_type=AxisType[where])
+
+  def train(tx, batches):
+    state = jd.init(tx, make_params(), **place)
+    step = jd.train_step(loss, tx, **place)
+    for batch in batches:
+      state, _ = step(state, batch)
+    assert step._cache_size() == 1
+    return state
+
+  rng = np.random.default_rng(1)
+  halves = rng.normal(size=(2, 2, WORKERS, 3, 24)).astype(np.float32)
+  got = train(around, halves.reshape(4, WORKERS * 3, 24))
+  whole = halves.transpose(0, 2, 1, 3, 4).reshape(2, WORKERS * 6, 24)
+  want = train(inner, whole)
+  # Means of three and three, or of six: Adam's roots blow a last bit up.
+  for pair in (
+    (got.params, want.params),
+    (got.opt_state.inner_opt_state[0].residual, want.opt_state[0].residual),
+  ):
+    for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
+      np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)
+  held = got.opt_state.acc_grads
+  assert isinstance(held, jd.PerWorker)
+  assert held.value['w'].shape == (WORKERS, 24, 20)
+
+
+@pytest.mark.parametrize('where', ['mesh', 'workers'])
+def test_apply_if_finite_around_is_refused(where, make_mesh):
+  tx = optax.chain(
+    optax.clip(1.0), optax.apply_if_finite(jd.error_feedback(MEAN), 3)
+  )
+  place = {'mesh': make_mesh(2)} if where == 'mesh' else {'workers': 2}
+  with pytest.raises(ValueError, match='apply_if_finite must not stand around'):
+    jd.init(tx, make_params(), axis=public.AXIS, **place)
 
 
 def test_injected_learning_rate_can_be_changed(make_mesh):

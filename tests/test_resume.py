@@ -137,6 +137,42 @@ def test_other_worker_counts_keep_what_is_owed(name, make_mesh, tmp_path):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(final))
 
 
+# Of top_k(0.5) in 12 and 3 blocks: the first bucket is reduced in two rounds by
+# 4 and 8 workers and gathered by 2 and 3; the second is always gathered.
+@pytest.mark.parametrize('path', [(4, 8, 3), (8, 1)])
+def test_a_change_of_pattern_loses_nothing(path):
+  """Applied + mean residual + rows of the second encoding = what came in."""
+  code = jd.mean(public.AXIS, jd.top_k(0.5), bucket_bytes=4 * 12 * 1024)
+  tx = optax.chain(jd.error_feedback(code), optax.sgd(1.0))
+  start = {'b': jnp.zeros(77), 'w': jnp.zeros((100, 150))}
+  flat = lambda tree: np.concatenate(list(map(np.ravel, jax.tree.leaves(tree))))
+  loss = lambda p, x: p['b'] @ x[0, :77] + p['w'].reshape(-1) @ x[0, 77:]
+
+  rng = np.random.default_rng(0)
+  state, came, before = None, np.zeros(15077), 0
+  for workers in path:
+    where = {'axis': public.AXIS, 'workers': workers}
+    fresh = jd.init(tx, start, **where)
+    state = fresh if state is None else jd.resize(state, fresh)
+    rows = state.opt_state[0].communicator.dropped.value
+    assert np.any(rows[0]) == (before >= 4)  # Something to hand on.
+    step = jd.train_step(loss, tx, **where)
+    for _ in range(2):
+      batch = rng.normal(size=(workers, len(came))).astype(np.float32)
+      state, _ = step(state, batch)
+      came += batch.mean(0)
+    feedback = state.opt_state[0]
+    rows = feedback.communicator.dropped.value
+    assert np.any(rows[0]) == (workers >= 4) and not np.any(rows[1])
+    held = np.concatenate([np.ravel(rows[0])[: 12 * 1024], np.ravel(rows[1])])
+    owed = flat(jax.tree.map(lambda e: e.mean(0), feedback.residual.value))
+    # Some ten float32 additions of numbers of size up to ten.
+    np.testing.assert_allclose(
+      -flat(state.params) + owed + held[: len(came)], came, atol=2e-5
+    )
+    before = workers
+
+
 def test_gossip_memory_cannot_be_resized(make_mesh, tmp_path):
   state, _ = make('gossip', 4, make_mesh)
   jd.save(tmp_path, 1, state)

@@ -41,6 +41,39 @@ def test_one_bad_number_is_dropped_by_all_and_leaves_no_trace(name):
   )
 
 
+@pytest.mark.parametrize('method', ['gather', 'two_shot'])
+def test_an_exchange_in_flight_that_overflows_is_given_up(method):
+  """Each number is finite and their sum is not: it would be so each time."""
+  code = jd.mean(
+    public.AXIS, jd.top_k(1 / 128, block_size=128), method, delay=1
+  )
+  tx = jd.error_feedback(code)
+  grads = np.zeros((6, WORKERS, 128), np.float32)
+  grads[:, :, 0] = 1.0
+  grads[2] *= 3e38
+  updates, state = public.run(tx, grads, jnp.zeros(128))
+  np.testing.assert_array_equal(updates[0, :, 0], [0, 1, 1, 0, 1, 1])
+  np.testing.assert_array_equal(state.communicator.lost, np.ones(WORKERS))
+  np.testing.assert_array_equal(state.skipped, np.zeros(WORKERS))
+  # The exchange that was given up is as if it had never been.
+  np.testing.assert_array_equal(state.communicator.communicator.count, [5] * 4)
+  for leaf in jax.tree.leaves((state.residual, updates)):
+    assert np.isfinite(leaf).all()
+
+
+def test_what_feedback_adds_up_stays_in_the_range_of_the_dtype():
+  """Two numbers near the end of float16 in turn: neither is an infinity."""
+  code = jd.mean(public.AXIS, jd.top_k(1 / 128, block_size=128))
+  grads = np.zeros((3, 2, 128), np.float16)
+  grads[:, :, 0], grads[:, :, 1] = 60000, 59000
+  updates, state = public.run(
+    jd.error_feedback(code), jnp.asarray(grads), jnp.zeros(128, jnp.float16)
+  )
+  want = [[60000, 0], [0, 65504], [65504, 0]]
+  np.testing.assert_array_equal(updates[0, :, :2], np.float16(want))
+  np.testing.assert_array_equal(state.skipped, [0, 0])
+
+
 def _train(tx, batches, make_mesh):
   where = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
   params = {'w': jnp.ones((24, 20)), 'b': jnp.ones(20)}
@@ -87,6 +120,78 @@ def test_drifting_worker_leaves_its_bad_step_out_alone(make_mesh):
   np.testing.assert_array_equal(
     state.opt_state.inner.value[0].count, [3, 3, 2, 3]
   )
+
+
+ONES = {'w': jnp.ones(4)}
+
+
+def _steps(tx, sizes, **where):
+  """Gradients of one size on all workers, or of one for each of them."""
+  state = jd.init(tx, ONES, axis=public.AXIS, **where)
+  step = jd.train_step(
+    lambda p, x: jnp.sum(p['w'] * x), tx, axis=public.AXIS, **where
+  )
+  for size in sizes:
+    batch = np.broadcast_to(np.float32(size), WORKERS).reshape(WORKERS, 1)
+    state, metrics = step(state, np.array(batch))
+  return state, metrics
+
+
+@pytest.mark.parametrize('where', ['mesh', 'workers'])
+@pytest.mark.parametrize(
+  'tx',
+  {
+    'exchange': optax.chain(
+      jd.error_feedback(jd.mean(public.AXIS)), optax.sgd(0.1, momentum=0.9)
+    ),
+    'update': optax.chain(
+      jd.communicate(jd.mean(public.AXIS)), optax.sgd(10.0, momentum=0.9)
+    ),
+  }.items(),
+  ids=lambda item: item[0],
+)
+def test_finite_gradients_that_overflow_later_change_nothing(
+  tx, where, make_mesh
+):
+  """Four times 3e38 in the sum; ten times 8e37 in the optimizer."""
+  size = {'exchange': 3e38, 'update': 8e37}[tx[0]]
+  place = {'mesh': make_mesh(WORKERS), 'workers': WORKERS}
+  place = {where: place[where]}
+  state, metrics = _steps(tx[1], [1, size, 1], **place)
+  want, _ = _steps(tx[1], [1, 1], **place)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (state.params, state.opt_state),
+    (want.params, want.opt_state),
+  )
+  np.testing.assert_array_equal(metrics['skipped'], np.ones(WORKERS))
+  assert (state.step, state.skipped) == (3, 1)
+
+
+def test_parameters_that_never_were_finite_stop_nothing():
+  tx = optax.chain(jd.communicate(jd.mean('data')), optax.sgd(0.5))
+  params = {'mask': jnp.array([0.0, -jnp.inf]), 'w': jnp.zeros(())}
+  where = {'axis': 'data', 'workers': 2}
+  step = jd.train_step(lambda p, x: p['w'] * x[0], tx, **where)
+  state, metrics = step(jd.init(tx, params, **where), jnp.array([1.0, 3.0]))
+  np.testing.assert_array_equal(metrics['skipped'], [0, 0])
+  assert state.params['w'] == -1
+
+
+def test_what_is_lost_in_flight_is_in_the_metrics():
+  tx = jd.error_feedback(jd.mean(public.AXIS, delay=1))
+  state, metrics = _steps(tx, [1, 3e38, 1, 1], workers=WORKERS)
+  np.testing.assert_array_equal(metrics['skipped'], np.ones(WORKERS))
+  # Gradients 1 and 1 have arrived; the third is on its way.
+  np.testing.assert_array_equal(state.params['w'], [3, 3, 3, 3])
+
+
+def test_dropped_meetings_are_in_the_metrics_of_all():
+  tx = jd.local_sgd(optax.sgd(1.0), jd.mean(public.AXIS), every=2)
+  sizes = [1, [3e38, 3e38, -1, -1], 1, [1, np.nan, 1, 1]]
+  state, metrics = _steps(tx, sizes, workers=WORKERS)
+  np.testing.assert_array_equal(metrics['skipped'], [1, 2, 1, 1])
+  np.testing.assert_array_equal(metrics['skipped'], state.skipped.value)
 
 
 def test_diverged_worker_sends_all_back_to_the_anchor():
@@ -147,13 +252,48 @@ def test_gradient_that_was_not_reduced_is_fine(make_mesh):
   np.testing.assert_allclose(got['w'], x.mean(0), rtol=1e-6)
 
 
-def test_forgotten_communicator_raises(make_mesh):
-  where = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
-  tx = optax.adam(0.1)
-  state = jd.init(tx, {'w': jnp.ones(8)}, **where)
-  step = jd.train_step(lambda p, x: jnp.sum(x * p['w']), tx, **where)
-  with pytest.raises(ValueError, match='tx has no communicator'):
-    step(state, np.ones((WORKERS, 8), np.float32))
+FEEDBACK = jd.error_feedback(AGREEING['mean_gather_top_k'])
+
+
+@pytest.mark.parametrize('where', ['mesh', 'workers'])
+@pytest.mark.parametrize(
+  ('tx', 'message'),
+  [
+    (optax.adam(0.1), r"updates\['w'\] differs: tx has no communicator"),
+    (
+      optax.chain(optax.trace(0.9), FEEDBACK),
+      r"opt_state\[0\].trace\['w'\] differs: .*jd.per_worker",
+    ),
+    (
+      optax.chain(
+        optax.trace(0.9), jd.local_sgd(optax.sgd(1.0), jd.mean('data'), every=2)
+      ),
+      r"opt_state\[0\].trace\['w'\] differs: .*jd.per_worker",
+    ),
+  ],
+)
+def test_what_differs_between_workers_unsaid_raises(
+  tx, message, where, make_mesh
+):
+  place = {'mesh': make_mesh(WORKERS), 'workers': WORKERS}
+  with pytest.raises(ValueError, match=message):
+    _steps(tx, [1], **{where: place[where]})
+
+
+def test_what_only_a_mesh_refuses_can_be_simulated():
+  """A loop whose carry changes its type over a mesh."""
+
+  def update(updates, state, params=None):
+    del params
+    add = lambda total, _: (jax.tree.map(jnp.add, total, updates), None)
+    return jax.lax.scan(add, {'w': jnp.zeros(4)}, length=2)[0], state
+
+  twice = optax.GradientTransformation(lambda p: optax.EmptyState(), update)
+  tx = optax.chain(
+    twice, jd.communicate(jd.mean(public.AXIS)), optax.scale(-1.0)
+  )
+  state, _ = _steps(tx, [1], workers=WORKERS)
+  np.testing.assert_array_equal(state.params['w'], -np.ones(4))
 
 
 def test_biased_code_without_feedback_warns():
@@ -164,3 +304,11 @@ def test_biased_code_without_feedback_warns():
 def test_feedback_for_a_code_that_expands_is_refused():
   with pytest.raises(ValueError, match='feedback needs a code that contracts'):
     jd.error_feedback(jd.mean(public.AXIS, jd.ternary()))
+
+
+@pytest.mark.parametrize(
+  'code', [jd.ternary(), jd.random_k(0.1, unbiased=True)]
+)
+def test_gossip_with_a_code_that_expands_is_refused(code):
+  with pytest.raises(ValueError, match='difference coding needs a code that'):
+    jd.gossip(public.AXIS, compressor=code, mixing=0.1)

@@ -48,6 +48,15 @@ class Communicator:
     return self.name
 
 
+def check_communicator(communicator: Any) -> None:
+  """Raises if an argument is no communicator."""
+  if not isinstance(communicator, Communicator):
+    raise ValueError(
+      f'communicator must be a jd.Communicator such as jd.mean(axis, code), '
+      f'got {communicator!r}.'
+    )
+
+
 def is_exchanged(leaf: Any) -> bool:
   """Whether a leaf holds numbers at all: empty leaves pass by."""
   return leaf.size > 0
@@ -79,6 +88,23 @@ def exchanged_leaves(tree: Any, what: str = 'updates') -> list[Any]:
   return [leaf for _, leaf in leaves if is_exchanged(leaf)]
 
 
+def all_finite(tree: Any) -> jax.Array:
+  """Whether all numbers of a tree are finite."""
+  finite = [jnp.all(jnp.isfinite(x)) for x in exchanged_leaves(tree)]
+  return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
+
+
+def where(condition: jax.Array, new: Any, old: Any) -> Any:
+  """``new`` if a scalar condition holds, else ``old``, leaf by leaf."""
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def cast(x: jax.Array, dtype: Any) -> jax.Array:
+  """Finite numbers in another dtype, cut to the range that it has."""
+  top = min(float(jnp.finfo(t).max) for t in (x.dtype, dtype))
+  return jnp.clip(x, -top, top).astype(dtype)
+
+
 def check_not_reduced(tree: Any, axis: str) -> None:
   """Raises if a leaf is known to be the same on all workers already."""
   if not collectives.is_tracked(axis):
@@ -101,6 +127,7 @@ def over_leaves(
   init: Callable[[list[jax.ShapeDtypeStruct], bool], Any],
   exchange: Callable[[Leaves, Any], tuple[Leaves, Leaves, Any]],
   bytes_sent: Callable[[list[jax.ShapeDtypeStruct], int], float],
+  alone: Callable[[Leaves, Any], tuple[Leaves, Any]] = lambda *args: args,
   *,
   contraction: float,
   unbiased: bool,
@@ -118,6 +145,8 @@ def over_leaves(
     init: ``(shapes, feedback) -> state``.
     exchange: ``(leaves, state) -> (results, sents, state)``.
     bytes_sent: ``(shapes, workers) -> bytes``, for at least two workers.
+    alone: ``(leaves, state) -> (results, state)`` of one worker, whose state
+      may come from more; by default nothing is owed.
     contraction: see :class:`Communicator`.
     unbiased: see :class:`Communicator`.
     agrees: see :class:`Communicator`.
@@ -133,20 +162,11 @@ def over_leaves(
     ]
 
   def init_fn(tree, feedback=False):
+    collectives.axis_size(axis)  # Raises here if the axis is not bound.
     return init(shapes_of(tree), feedback)
 
   def exchange_fn(tree, state):
     leaves = exchanged_leaves(tree)
-    to_float32 = lambda leaf: (
-      leaf.astype(jnp.float32) if is_exchanged(leaf) else leaf
-    )
-    if collectives.axis_size(axis) == 1:
-      # A sum over one worker moves nothing; it marks the result as agreed.
-      agreed = collectives.psum(tree, axis) if agrees else tree
-      return agreed, jax.tree.map(to_float32, tree), state
-    results, sents, state = exchange(
-      [leaf.astype(jnp.float32) for leaf in leaves], state
-    )
 
     def put(new, dtype=None):
       """The tree with new numbers."""
@@ -160,10 +180,22 @@ def over_leaves(
         tree,
       )
 
+    if collectives.axis_size(axis) == 1:
+      results, state = alone(leaves, state)
+      if agrees:
+        # A sum over one worker moves nothing; it marks the result as agreed.
+        results = collectives.psum(results, axis)
+      return put(results), put(leaves, jnp.float32), state
+    if not leaves:
+      return put([]), put([], jnp.float32), state
+    results, sents, state = exchange(
+      [leaf.astype(jnp.float32) for leaf in leaves], state
+    )
     return put(results), put(sents, jnp.float32), state
 
   def bytes_fn(tree, workers):
-    return bytes_sent(shapes_of(tree), workers) if workers > 1 else 0.0
+    shapes = shapes_of(tree)
+    return bytes_sent(shapes, workers) if shapes and workers > 1 else 0.0
 
   return Communicator(
     name,

@@ -44,6 +44,17 @@ def varies(x: Any, axis: str) -> bool:
   return not is_tracked(axis) or axis in compat.varying_axes(x)
 
 
+def shard_key(key: jax.Array, x: jax.Array, axis: str) -> jax.Array:
+  """A key for this device's part of ``x``, where a worker is many devices.
+
+  It differs along the other axes that ``x`` is cut over, and not along
+  ``axis``.
+  """
+  for other in sorted(compat.varying_axes(x) - {axis}):
+    key = jax.random.fold_in(key, jax.lax.axis_index(other))
+  return key
+
+
 def vary(tree: Any, axis: str) -> Any:
   """Marks arrays as possibly different on each worker; moves nothing."""
   if not is_tracked(axis):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
 
 from jaxdist.communicators import base, collectives
 from jaxdist.state import PerWorker
@@ -17,10 +18,12 @@ class DelayedState(NamedTuple):
     pending: the tree of the last exchange, in float32, which travels in the
       next one. Each worker's own.
     communicator: the delayed communicator's.
+    lost: exchanges whose result was not finite. The same on all workers.
   """
 
   pending: PerWorker
   communicator: Any
+  lost: Int32[Array, '']
 
 
 def delayed(communicator: base.Communicator) -> base.Communicator:
@@ -34,7 +37,9 @@ def delayed(communicator: base.Communicator) -> base.Communicator:
   forward and backward pass waits for it: the compiler can keep the transfer
   open until the very end. ``sent`` is what the communicator has taken over for
   good: all of :math:`x_t`, less what the code dropped from
-  :math:`x_{t-1}`, so that feedback sends that part again.
+  :math:`x_{t-1}`, so that feedback sends that part again. What is in flight is
+  finite; where its exchange is not all the same, as a sum near the end of the
+  range, it would be so each time, and is given up: the result is zero.
 
   **On the wire:** what the communicator sends, and one int32 all-reduce by
   which a number that is not finite shows at once: it must not be in flight.
@@ -52,6 +57,7 @@ def delayed(communicator: base.Communicator) -> base.Communicator:
     return DelayedState(
       PerWorker(collectives.vary(zeros, axis)),
       communicator.init(tree, feedback=feedback),
+      jnp.zeros((), jnp.int32),
     )
 
   def exchange(tree, state):
@@ -59,13 +65,22 @@ def delayed(communicator: base.Communicator) -> base.Communicator:
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), tree)
     pending = state.pending.value
     result, sent, inner = communicator.exchange(pending, state.communicator)
-    ok = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(wide)])
-    bad = collectives.psum(1 - jnp.all(ok).astype(jnp.int32), axis)  # the wire
+    bad = 1 - base.all_finite(wide).astype(jnp.int32)
+    bad = collectives.psum(bad, axis) > 0  # the wire
+    arrived = base.all_finite(result)
     result = jax.tree.map(
-      lambda r, x: jnp.where(bad > 0, jnp.nan, r).astype(x.dtype), result, tree
+      lambda r, x: jnp.where(
+        bad, jnp.nan, base.cast(jnp.where(arrived, r, 0), x.dtype)
+      ),
+      result,
+      tree,
     )
-    sent = jax.tree.map(lambda x, s, p: x + (s - p), wide, sent, pending)
-    return result, sent, DelayedState(PerWorker(wide), inner)
+    sent = jax.tree.map(
+      lambda x, s, p: jnp.where(arrived, x + (s - p), x), wide, sent, pending
+    )
+    inner = base.where(arrived, inner, state.communicator)
+    lost = state.lost + jnp.where(arrived, 0, 1)
+    return result, sent, DelayedState(PerWorker(wide), inner, lost)
 
   def bytes_sent(tree, workers):
     agreement = 2 * 4 * (workers - 1) / workers

@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int32
 
-from jaxdist.communicators import base, buckets, collectives
+from jaxdist.communicators import base, buckets, checks, collectives
 from jaxdist.communicators.mean import payload_shape
 from jaxdist.compressors import base as codes
 from jaxdist.compressors.identity import identity
@@ -39,7 +40,7 @@ def gossip(
   topology: Topology = 'ring',
   compressor: codes.Compressor | None = None,
   *,
-  mixing: float = 1.0,
+  mixing: ArrayLike = 1.0,
   seed: int = 0,
 ) -> base.Communicator:
   r"""Averages each worker's tree with its neighbours'.
@@ -76,8 +77,9 @@ def gossip(
     A :class:`Communicator` whose result does not agree between workers.
 
   Raises:
-    ValueError: if ``topology`` is not known, has no code, or ``mixing`` is
-      outside (0, 1].
+    ValueError: if ``topology`` is not known, or has no code; ``mixing`` is
+      outside (0, 1]; or the code does not contract (the differences would grow
+      without bound).
 
   Examples:
     >>> import jaxdist as jd
@@ -94,21 +96,26 @@ def gossip(
     `Stochastic Gradient Push <https://arxiv.org/abs/1811.10792>`_, 2019 (the
     exponential graph)
   """
+  checks.check_axis(axis)
+  checks.check_compressor(compressor)
   topologies = Topology.__args__
   if topology not in topologies:
     raise ValueError(f'topology must be one of {topologies}, got {topology!r}.')
-  if not 0 < mixing <= 1:
-    raise ValueError(f'mixing must be in (0, 1], got {mixing}.')
+  checks.check_fraction('mixing', mixing)
+  seed = checks.seed(seed)
   if topology == 'random_pairs' and compressor is not None:
     raise ValueError(
       f"compressor must be None with topology='random_pairs': difference "
       f'coding would remember each possible partner. Got {compressor!r}.'
     )
   code = compressor if compressor is not None else identity(block_size=128)
+  checks.check_contracts(
+    'difference coding', code, 'Take one that does, or compressor=None.'
+  )
 
   def matrix_shape(shapes):
     length = sum(math.prod(s.shape) for s in shapes)
-    size = code.block_size or length
+    size = code.block_size or max(1, length)
     return math.ceil(length / size), size
 
   def init(shapes, feedback):
@@ -128,6 +135,7 @@ def gossip(
     )
     x = buckets.to_blocks(leaves, plan[0], *matrix_shape(leaves))
     key = jax.random.fold_in(jax.random.key(seed), state.count)
+    key = collectives.shard_key(key, x, axis)
     shared_key, own_key = jax.random.split(key)
     own_key = jax.random.fold_in(own_key, jax.lax.axis_index(axis))
     shared = code.at(shared_key)

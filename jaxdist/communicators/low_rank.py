@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jaxdist.communicators import base
+from jaxdist.communicators import base, checks
 
 
 class LowRankMeanState(NamedTuple):
@@ -50,7 +50,7 @@ def low_rank_mean(axis: str, rank: int, *, seed: int = 0) -> base.Communicator:
     A :class:`Communicator`; biased, made for feedback.
 
   Raises:
-    ValueError: if ``rank`` is below 1.
+    ValueError: if an option is out of range.
 
   Examples:
     >>> import jaxdist as jd
@@ -62,8 +62,9 @@ def low_rank_mean(axis: str, rank: int, *, seed: int = 0) -> base.Communicator:
     Vogels et al, `PowerSGD <https://arxiv.org/abs/1905.13727>`_, 2019,
     algorithms 1 and 2
   """
-  if not isinstance(rank, int) or rank < 1:
-    raise ValueError(f'rank must be an integer of at least 1, got {rank!r}.')
+  checks.check_axis(axis)
+  rank = checks.integer('rank', rank, 1)
+  seed = checks.seed(seed)
 
   def init(shapes, feedback):
     del feedback  # One linear encoding: the caller's residual has it all.

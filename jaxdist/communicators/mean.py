@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from jaxdist.communicators import base, buckets, collectives
+from jaxdist.communicators import base, buckets, checks, collectives
 from jaxdist.communicators.delayed import delayed
 from jaxdist.compressors import base as codes
 from jaxdist.compressors.identity import identity
@@ -26,8 +26,8 @@ class MeanState(NamedTuple):
   Attributes:
     count: exchanges so far; seeds the codes. The same on all workers.
     dropped: what encoding the reduced chunks dropped, for each bucket a block
-      matrix of this worker's chunk; ``None`` where there is no second encoding
-      or no feedback. Each worker's own.
+      matrix of this worker's chunk; ``None`` where there is never a second
+      encoding, or no feedback. Each worker's own.
   """
 
   count: Int32[Array, '']
@@ -60,9 +60,11 @@ def mean(
 
   in one collective a bucket and round. With feedback, what the second encoding
   of ``two_shot`` drops is kept by the worker that encoded it and added to its
-  chunk next time, as the server error of 1-bit Adam. With one worker nothing is
-  sent and nothing is lost. Bits on the wire need no further agreement: a
-  non-finite number on one worker makes the result non-finite on all.
+  chunk next time, as the server error of 1-bit Adam; where ``'auto'`` takes
+  another pattern after a change of the number of workers, it travels with the
+  next exchange. With one worker nothing is sent and nothing is lost. Bits on
+  the wire need no further agreement: a non-finite number on one worker makes
+  the result non-finite on all.
 
   Args:
     axis: name of the axis that the workers lie along.
@@ -96,8 +98,13 @@ def mean(
     Tang et al, `1-bit Adam <https://arxiv.org/abs/2102.02888>`_, 2021 (the two
     rounds and the second residual)
   """
+  checks.check_axis(axis)
+  checks.check_compressor(compressor)
   code = compressor if compressor is not None else identity(block_size=128)
-  _check(axis, code, method, delay, bucket_bytes)
+  _check_method(method, code)
+  delay = checks.integer('delay', delay, 0, 2)
+  bucket_bytes = checks.integer('bucket_bytes', bucket_bytes, 1)
+  seed = checks.seed(seed)
   bucket_size = None
   if code.block_size:
     bucket_size = max(1, bucket_bytes // (4 * code.block_size))
@@ -121,19 +128,32 @@ def mean(
       like = payload_shape(code, blocks, size)
     return chosen, (blocks, size), like
 
+  # Whether there is a second encoding for some number of workers. The state
+  # then has room for what it drops at every number, so that it can be resized.
+  encodes_twice = method == 'two_shot' or (
+    method == 'auto' and not code.linear and code.block_size is not None
+  )
+
   def init(shapes, feedback):
-    workers = collectives.axis_size(axis) if feedback else 1
     dropped = None
-    if feedback and workers > 1:
+    if feedback and encodes_twice:
+      workers = collectives.axis_size(axis)
       patterns = [pattern(bucket, workers) for bucket in plan(shapes)]
       dropped = [
-        jnp.zeros((blocks // workers, size), jnp.float32)
-        if chosen == 'two_shot'
-        else None
-        for chosen, (blocks, size), _ in patterns
+        jnp.zeros((math.ceil(blocks / workers), size), jnp.float32)
+        for _, (blocks, size), _ in patterns
       ]
     dropped = PerWorker(collectives.vary(dropped, axis), 'split')
     return MeanState(jnp.zeros((), jnp.int32), dropped)
+
+  def alone(leaves, state):
+    """Takes what was dropped while there were more workers."""
+    if state.dropped.value is None:
+      return leaves, state
+    owed = buckets.from_blocks(
+      state.dropped.value, plan(leaves), [leaf.shape for leaf in leaves]
+    )
+    return list(map(jnp.add, leaves, owed)), init(leaves, feedback=True)
 
   def exchange(leaves, state):
     workers = collectives.axis_size(axis)
@@ -145,14 +165,26 @@ def mean(
     for i, bucket in enumerate(plans):
       chosen, (blocks, size), like = pattern(bucket, workers)
       x = buckets.to_blocks(leaves, bucket, blocks, size)
-      shared_key, own_key = jax.random.split(jax.random.fold_in(base_key, i))
+      key = collectives.shard_key(jax.random.fold_in(base_key, i), x, axis)
+      shared_key, own_key = jax.random.split(key)
       own_key = jax.random.fold_in(own_key, jax.lax.axis_index(axis))
       first_key, second_key = jax.random.split(own_key)
       shared = code.at(shared_key)
 
+      # Rows from a state of another number of workers: each is held by one
+      # worker and counts whole, so it enters the mean times their number.
+      late = None
+      if kept[i] is not None and chosen != 'two_shot':
+        late = workers * kept[i]
+        x = _add_to_chunk(x, late, axis, workers)
       payload = shared.encode(x, first_key)
-      sents.append(shared.decode(payload))
+      sent = shared.decode(payload)
       still_dropped = None
+      if late is not None:
+        # The caller's residual then keeps what the code drops of them.
+        sent = _add_to_chunk(sent, -late, axis, workers)
+        still_dropped = jnp.zeros_like(kept[i])
+      sents.append(sent)
       if chosen == 'psum':
         result = _psum_mean(shared, payload, axis, workers)
       elif chosen == 'gather':
@@ -164,13 +196,12 @@ def mean(
         )
       results.append(result)
       dropped.append(still_dropped)
+    dropped = collectives.vary(dropped, axis) if feedback else None
     shapes = [leaf.shape for leaf in leaves]
     return (
       buckets.from_blocks(results, plans, shapes),
       buckets.from_blocks(sents, plans, shapes),
-      MeanState(
-        state.count + 1, PerWorker(dropped if feedback else None, 'split')
-      ),
+      MeanState(state.count + 1, PerWorker(dropped, 'split')),
     )
 
   def bytes_sent(shapes, workers):
@@ -189,6 +220,7 @@ def mean(
     init,
     exchange,
     bytes_sent,
+    alone,
     contraction=code.contraction,
     unbiased=code.unbiased,
   )
@@ -233,6 +265,16 @@ def _psum_mean(code, payload, axis, workers):
   return code.decode(jax.tree.map(lambda x: x / workers, total))
 
 
+def _add_to_chunk(x, rows, axis, workers):
+  """Adds rows to those blocks of ``x`` that this worker is to reduce."""
+  room = len(rows) * workers - len(x)
+  padded = jnp.pad(x, ((0, room), (0, 0)))
+  start = len(rows) * jax.lax.axis_index(axis)
+  chunk = jax.lax.dynamic_slice_in_dim(padded, start, len(rows))
+  padded = jax.lax.dynamic_update_slice_in_dim(padded, chunk + rows, start, 0)
+  return padded[: len(x)]
+
+
 def _decoded_mean(code, words, like):
   """The mean of what each row of gathered words decodes to."""
   decode = lambda w: code.decode(codes.payload_from_words(w, like))
@@ -260,11 +302,7 @@ def _two_shot_mean(code, payload, like, axis, workers, kept, key):
   return result, kept
 
 
-def _check(axis, code, method, delay, bucket_bytes):
-  if not isinstance(axis, str) or not axis:
-    raise ValueError(f'axis must be the name of an axis, got {axis!r}.')
-  if not isinstance(code, codes.Compressor):
-    raise ValueError(f'compressor must be a jd.Compressor, got {code!r}.')
+def _check_method(method, code):
   methods = Method.__args__
   if method not in methods:
     raise ValueError(f'method must be one of {methods}, got {method!r}.')
@@ -278,7 +316,3 @@ def _check(axis, code, method, delay, bucket_bytes):
       f"method='two_shot' gives each worker some of the blocks; {code!r} has "
       f'only one. Use method="gather".'
     )
-  if delay not in (0, 1):
-    raise ValueError(f'delay must be 0 or 1 steps, got {delay!r}.')
-  if bucket_bytes < 1:
-    raise ValueError(f'bucket_bytes must be at least 1, got {bucket_bytes}.')

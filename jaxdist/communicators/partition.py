@@ -15,7 +15,9 @@ def partition(
 ) -> base.Communicator:
   """Sends each leaf through the communicator that its label names.
 
-  Norms and biases are few numbers that lossy codes hurt: send them whole.
+  Norms and biases are few numbers that lossy codes hurt: send them whole. Codes
+  that draw random numbers draw the same for two labels whose communicators have
+  the same seed: give them different ones.
   **On the wire:** the sum of what the communicators send.
 
   Args:
@@ -27,9 +29,9 @@ def partition(
     A :class:`Communicator`.
 
   Raises:
-    ValueError: if there are no communicators, they run along different axes,
-      some agree between workers and some don't, or a label is unknown (when
-      ``init`` runs).
+    ValueError: if there are no communicators or one is something else, they run
+      along different axes, some agree between workers and some don't, or a
+      label is unknown (when ``init`` runs).
 
   Examples:
     >>> import jax.numpy as jnp
@@ -46,6 +48,8 @@ def partition(
   """
   if not communicators:
     raise ValueError('communicators must have at least one entry, got none.')
+  for communicator in communicators.values():
+    base.check_communicator(communicator)
   axes = sorted({c.axis for c in communicators.values()})
   if len(axes) > 1:
     raise ValueError(f'communicators must share one axis, got {axes}.')

@@ -29,7 +29,9 @@ def per_shard(
 
   Args:
     communicator: one along the workers' axis, such as ``jd.mean('dcn', code)``.
-      Blocks, buckets and low-rank factors are those of a shard.
+      Blocks, buckets and low-rank factors are those of a shard. It sees a tree
+      for each kind of sharding, with None in place of the other leaves: give
+      the labels of :func:`jaxdist.partition` as a function.
     specs: a tree of :class:`jax.sharding.PartitionSpec`, shaped like the
       updates, over the axes inside a worker; one spec for all leaves; or a
       function from the updates to such a tree.
@@ -56,7 +58,7 @@ def per_shard(
     >>> tuple(state.opt_state[0].residual.value['w'].sharding.spec)
     ('dcn', 'fsdp')
   """
-
+  base.check_communicator(communicator)
   axis = communicator.axis
 
   def init(tree, feedback=False):

@@ -56,7 +56,7 @@ def float4(*, block_size: int = 1024) -> Compressor:
     Douillard et al, `Streaming DiLoCo with overlapping communication
     <https://arxiv.org/abs/2501.18512>`_, 2025
   """
-  check_block_size(block_size)
+  block_size = check_block_size(block_size)
 
   def encode(x, key):
     del key

@@ -46,7 +46,7 @@ def float8(*, block_size: int = 1024) -> Compressor:
     Micikevicius et al, `FP8 Formats for Deep Learning
     <https://arxiv.org/abs/2209.05433>`_, 2022
   """
-  check_block_size(block_size)
+  block_size = check_block_size(block_size)
 
   def encode(x, key):
     del key

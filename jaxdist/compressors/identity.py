@@ -34,7 +34,7 @@ def identity(*, block_size: int = 1024) -> Compressor:
     >>> code.decode(code.encode(jnp.array([[1.5, -2.]]), jax.random.key(0)))
     Array([[ 1.5, -2. ]], dtype=float32)
   """
-  check_block_size(block_size)
+  block_size = check_block_size(block_size)
   return Compressor(
     name=call('identity', block_size=block_size),
     encode=lambda x, key: x,

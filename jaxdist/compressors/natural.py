@@ -66,7 +66,7 @@ def natural(*, block_size: int = 1024) -> Compressor:
     Horvath et al, `Natural Compression for Distributed Deep Learning
     <https://arxiv.org/abs/1905.10988>`_, 2019
   """
-  check_block_size(block_size)
+  block_size = check_block_size(block_size)
 
   def encode(x, key):
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)

@@ -110,7 +110,7 @@ def quantize(
   """
   check_one_of('bits', bits, (8, 4, 2))
   check_flag('stochastic', stochastic)
-  check_block_size(block_size)
+  block_size = check_block_size(block_size)
 
   def encode(x, key):
     words, scale = quantization.quantize(

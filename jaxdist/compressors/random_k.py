@@ -74,8 +74,8 @@ def random_k(
     Stich et al, `Sparsified SGD with Memory
     <https://arxiv.org/abs/1809.07599>`_, 2018
   """
-  check_density(density)
-  check_block_size(block_size)
+  density = check_density(density)
+  block_size = check_block_size(block_size)
   check_flag('unbiased', unbiased)
   options = {'unbiased': True} if unbiased else {}
   name = call('random_k', density, **options, block_size=block_size)

@@ -43,7 +43,7 @@ def sign(*, block_size: int = 1024) -> Compressor:
     Karimireddy et al, `Error Feedback Fixes SignSGD
     <https://arxiv.org/abs/1901.09847>`_, 2019
   """
-  check_block_size(block_size)
+  block_size = check_block_size(block_size)
 
   def encode(x, key):
     del key

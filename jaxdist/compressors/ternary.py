@@ -80,7 +80,7 @@ def ternary(*, block_size: int = 1024) -> Compressor:
     Wen et al, `TernGrad: Ternary Gradients to Reduce Communication in
     Distributed Deep Learning <https://arxiv.org/abs/1705.07878>`_, 2017
   """
-  check_block_size(block_size)
+  block_size = check_block_size(block_size)
 
   def encode(x, key):
     scale = largest_magnitude(x)

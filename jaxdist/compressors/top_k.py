@@ -132,8 +132,8 @@ def top_k(
     <https://arxiv.org/abs/1704.05021>`_, 2017; Stich et al, `Sparsified SGD
     with Memory <https://arxiv.org/abs/1809.07599>`_, 2018
   """
-  check_density(density)
-  check_block_size(block_size)
+  density = check_density(density)
+  block_size = check_block_size(block_size)
   check_one_of('values', values, ('float32', 'bfloat16'))
   options = {'values': values} if values != 'float32' else {}
   return Compressor(
@@ -183,7 +183,7 @@ def global_top_k(density: float, *, values: str = 'float32') -> Compressor:
     Lin et al, `Deep Gradient Compression <https://arxiv.org/abs/1712.01887>`_,
     2018
   """
-  check_density(density)
+  density = check_density(density)
   check_one_of('values', values, ('float32', 'bfloat16'))
 
   def encode(x, key):

@@ -4,14 +4,13 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from jaxdist.communicators.base import (
-  Communicator,
-  check_not_reduced,
-  exchanged_leaves,
-)
+from jaxdist.communicators import base as communicators
+from jaxdist.communicators import checks
+from jaxdist.communicators.base import Communicator, check_not_reduced
+from jaxdist.communicators.base import all_finite as all_finite
+from jaxdist.communicators.base import where as where
 
 
 @jax.tree_util.register_static
@@ -65,24 +64,9 @@ def check_updates(updates: optax.Updates, layout: Layout, axis: str) -> None:
   check_not_reduced(updates, axis)
 
 
-def all_finite(tree: Any) -> jax.Array:
-  """Whether all numbers of a tree are finite."""
-  finite = [jnp.all(jnp.isfinite(x)) for x in exchanged_leaves(tree)]
-  return jnp.all(jnp.stack(finite)) if finite else jnp.array(True)
-
-
-def where(condition: jax.Array, new: Any, old: Any) -> Any:
-  """``new`` if a scalar condition holds, else ``old``, leaf by leaf."""
-  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
 def check_communicator(communicator: Communicator, *, agrees: bool) -> None:
   """Raises if an argument is no communicator, or of the wrong kind."""
-  if not isinstance(communicator, Communicator):
-    raise ValueError(
-      f'communicator must be a jd.Communicator such as jd.mean(axis, code), '
-      f'got {communicator!r}.'
-    )
+  communicators.check_communicator(communicator)
   if agrees and not communicator.agrees:
     raise ValueError(
       f'communicator must give all workers the same result, and '
@@ -91,15 +75,12 @@ def check_communicator(communicator: Communicator, *, agrees: bool) -> None:
     )
 
 
-def check_feedback(communicator: Communicator, decay: float) -> None:
+def check_feedback(communicator: Communicator, decay: Any) -> None:
   """Raises if feedback through a communicator cannot stay bounded."""
-  if not 0 < decay <= 1:
-    raise ValueError(f'decay must be in (0, 1], got {decay}.')
-  if communicator.contraction < 0:
-    raise ValueError(
-      f'feedback needs a code that contracts, '
-      f'|x - D(E(x))|^2 <= |x|^2; {communicator!r} can be as bad as '
-      f'{1 - communicator.contraction:.3g} |x|^2, and its residual would grow '
-      f'without bound. It is unbiased: use it without feedback '
-      f'(jd.communicate, or feedback=False).'
-    )
+  checks.check_fraction('decay', decay)
+  checks.check_contracts(
+    'feedback',
+    communicator,
+    'It is unbiased: use it without feedback (jd.communicate, or '
+    'feedback=False).',
+  )

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int32
 
 from jaxdist.communicators import collectives
-from jaxdist.communicators.base import Communicator
+from jaxdist.communicators.base import Communicator, cast
 from jaxdist.state import PerWorker
 from jaxdist.transforms import base
 
@@ -31,7 +32,7 @@ class ErrorFeedbackState(NamedTuple):
 
 
 def error_feedback(
-  communicator: Communicator, *, decay: float = 1.0
+  communicator: Communicator, *, decay: ArrayLike = 1.0
 ) -> optax.GradientTransformation:
   r"""Communicates updates and carries what was dropped into the next step.
 
@@ -94,7 +95,7 @@ def error_feedback(
     )
     finite = base.all_finite(mean)
     mean = jax.tree.map(
-      lambda m, g: jnp.where(finite, m, 0).astype(g.dtype), mean, updates
+      lambda m, g: cast(jnp.where(finite, m, 0), g.dtype), mean, updates
     )
     return mean, ErrorFeedbackState(
       base.where(finite, residual, state.residual),
@@ -117,7 +118,7 @@ def exchange_with_feedback(
   updates: optax.Updates,
   residual: PerWorker,
   communicator_state: Any,
-  decay: float,
+  decay: ArrayLike,
 ) -> tuple[optax.Updates, PerWorker, Any]:
   """One exchange of updates plus decayed residual.
 

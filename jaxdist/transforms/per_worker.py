@@ -21,6 +21,9 @@ def per_worker(
     A :class:`optax.GradientTransformationExtraArgs` for the worker view, whose
     state is a :class:`jaxdist.PerWorker`.
 
+  Raises:
+    ValueError: if ``tx`` is no transform.
+
   Examples:
     >>> import jaxdist as jd
     >>> tx = optax.chain(  # Momentum is compressed, and added up after.
@@ -29,6 +32,8 @@ def per_worker(
     ...   optax.sgd(0.1),
     ... )
   """
+  if not isinstance(tx, optax.GradientTransformation):
+    raise ValueError(f'tx must be an optax transform, got {tx!r}.')
   tx = optax.with_extra_args_support(tx)
 
   def init_fn(params):

@@ -39,5 +39,9 @@ from jaxdist.training import init as init
 from jaxdist.training import mean_params as mean_params
 from jaxdist.training import train_step as train_step
 from jaxdist.transforms import communicate as communicate
+from jaxdist.transforms import econtrol as econtrol
+from jaxdist.transforms import ef21 as ef21
+from jaxdist.transforms import ef21_stepsize as ef21_stepsize
 from jaxdist.transforms import error_feedback as error_feedback
+from jaxdist.transforms import estimate_smoothness as estimate_smoothness
 from jaxdist.transforms import per_worker as per_worker

@@ -76,6 +76,29 @@ def where(condition: jax.Array, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
+def settle(
+  updates: optax.Updates, new: Any, old: Any, like: optax.Updates
+) -> tuple[optax.Updates, Any]:
+  """A step if it is finite; else zeros and the state before, one more skipped.
+
+  Args:
+    updates: what the step puts out, the same on all workers, so that all of
+      them decide alike.
+    new: the state after the step.
+    old: the state before it; a NamedTuple with a field ``skipped``.
+    like: updates whose dtypes to put out.
+
+  Returns:
+    The updates and the state to go on with.
+  """
+  finite = all_finite(updates)
+  updates = jax.tree.map(
+    lambda u, g: jnp.where(finite, u, 0).astype(g.dtype), updates, like
+  )
+  skipped = old.skipped + jnp.where(finite, 0, 1)
+  return updates, where(finite, new, old)._replace(skipped=skipped)
+
+
 def check_communicator(communicator: Communicator, *, agrees: bool) -> None:
   """Raises if an argument is no communicator, or of the wrong kind."""
   if not isinstance(communicator, Communicator):
@@ -91,7 +114,7 @@ def check_communicator(communicator: Communicator, *, agrees: bool) -> None:
     )
 
 
-def check_feedback(communicator: Communicator, decay: float) -> None:
+def check_feedback(communicator: Communicator, decay: float = 1.0) -> None:
   """Raises if feedback through a communicator cannot stay bounded."""
   if not 0 < decay <= 1:
     raise ValueError(f'decay must be in (0, 1], got {decay}.')

@@ -92,16 +92,8 @@ def error_feedback(
     mean, residual, comm_state = exchange_with_feedback(
       communicator, updates, state.residual, state.communicator, decay
     )
-    finite = base.all_finite(mean)
-    mean = jax.tree.map(
-      lambda m, g: jnp.where(finite, m, 0).astype(g.dtype), mean, updates
-    )
-    return mean, ErrorFeedbackState(
-      base.where(finite, residual, state.residual),
-      base.where(finite, comm_state, state.communicator),
-      state.skipped + jnp.where(finite, 0, 1),
-      state.layout,
-    )
+    new = state._replace(residual=residual, communicator=comm_state)
+    return base.settle(mean, new, state, like=updates)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -12,6 +12,7 @@ from jaxdist.communicators import gossip as gossip
 from jaxdist.communicators import low_rank_mean as low_rank_mean
 from jaxdist.communicators import mean as mean
 from jaxdist.communicators import partition as partition
+from jaxdist.communicators import staged as staged
 from jaxdist.compressors import Compressor as Compressor
 from jaxdist.compressors import chained as chained
 from jaxdist.compressors import float4 as float4
@@ -39,6 +40,7 @@ from jaxdist.training import init as init
 from jaxdist.training import mean_params as mean_params
 from jaxdist.training import train_step as train_step
 from jaxdist.transforms import communicate as communicate
+from jaxdist.transforms import dgc as dgc
 from jaxdist.transforms import econtrol as econtrol
 from jaxdist.transforms import ef21 as ef21
 from jaxdist.transforms import ef21_stepsize as ef21_stepsize

@@ -45,6 +45,13 @@ COMMUNICATORS = {
     },
     is_matrix,
   ),
+  'staged': jd.staged(
+    [
+      jd.mean(AXIS, jd.top_k(0.5, block_size=128), 'two_shot'),
+      jd.mean(AXIS, SMALL_TOP_K, 'two_shot'),
+    ],
+    [1],
+  ),
   'gossip_ring': jd.gossip(AXIS, 'ring'),
   'gossip_exponential': jd.gossip(AXIS, 'one_peer_exponential'),
   'gossip_ring_sign': jd.gossip(
@@ -75,6 +82,31 @@ def transforms():
   table['per_worker'] = optax.chain(
     jd.per_worker(optax.ema(0.9)),
     jd.error_feedback(COMMUNICATORS['mean_gather_top_k']),
+    optax.sgd(0.1),
+  )
+  table['ef21'] = optax.chain(
+    jd.ef21(COMMUNICATORS['mean_two_shot_top_k']), optax.sgd(0.1)
+  )
+  table['ef21_sgdm'] = optax.chain(
+    jd.per_worker(optax.ema(0.9, debias=False)),
+    jd.ef21(COMMUNICATORS['mean_gather_top_k']),
+    optax.sgd(0.1),
+  )
+  table['econtrol'] = optax.chain(
+    jd.econtrol(COMMUNICATORS['partition']), optax.sgd(0.1)
+  )
+  table['dgc'] = optax.chain(
+    jd.dgc(
+      jd.staged(
+        [
+          jd.mean(AXIS),
+          jd.mean(AXIS, jd.top_k(0.5, block_size=128), 'gather'),
+          COMMUNICATORS['mean_gather_top_k'],
+        ],
+        [1, 2],
+      ),
+      max_norm=1.0,
+    ),
     optax.sgd(0.1),
   )
   table['diloco'] = jd.diloco(

@@ -61,6 +61,49 @@ AT_CONSTRUCTION = [
   (lambda: jd.error_feedback(TOP_K, decay=1.5), r'decay .* got 1\.5'),
   (lambda: jd.error_feedback(jd.gossip('data')), r'same result'),
   (lambda: jd.communicate(jd.gossip('data')), r'same result'),
+  (lambda: jd.staged([MEAN, TOP_K], []), r'one fewer than the 2 .* got \[\]'),
+  (lambda: jd.staged([], []), r'one fewer than the 0'),
+  (lambda: jd.staged([MEAN, TOP_K], [0]), r'rise from at least 1, got \[0\]'),
+  (
+    lambda: jd.staged([MEAN, TOP_K, MEAN], [5, 5]),
+    r'boundaries must rise from at least 1, got \[5, 5\]',
+  ),
+  (
+    lambda: jd.staged([MEAN, jd.mean('model')], [1]),
+    r"share one axis, got \['data', 'model'\]",
+  ),
+  (lambda: jd.staged([MEAN, jd.gossip('data')], [1]), r'must all agree'),
+  (lambda: jd.dgc(jd.gossip('data')), r'same result'),
+  (lambda: jd.dgc(TOP_K, momentum=1.0), r'momentum must be .* got 1\.0'),
+  (lambda: jd.dgc(TOP_K, max_norm=0.0), r'max_norm must be .* got 0\.0'),
+  (lambda: jd.ef21(jd.gossip('data')), r'same result'),
+  (lambda: jd.ef21(jd.mean('data', jd.ternary())), r'code that contracts'),
+  (lambda: jd.econtrol(jd.gossip('data')), r'same result'),
+  (lambda: jd.econtrol(TOP_K, control=-1.0), r'control must be .* got -1\.0'),
+  (
+    lambda: jd.econtrol(jd.low_rank_mean('data', 2)),
+    r'control must be given where the contraction is not known',
+  ),
+  (
+    lambda: jd.ef21_stepsize(1.0, [1.0], 0.0),
+    r'contraction must be in \(0, 1\], got 0',
+  ),
+  (
+    lambda: jd.ef21_stepsize(0.0, [1.0], 0.1),
+    r'smoothness must be positive, got 0',
+  ),
+  (
+    lambda: jd.ef21_stepsize(1.0, [1.0, 0.0], 0.1),
+    r'worker_smoothness must be positive .* got \[1\.0, 0\.0\]',
+  ),
+  (
+    lambda: unchecked(jd.ef21_stepsize)(1.0, [1.0], 0.1, mean='max'),
+    r"mean must be .* got 'max'",
+  ),
+  (
+    lambda: jd.estimate_smoothness(jnp.sum, PARAMS, None, iterations=0),
+    r'iterations must be at least 1, got 0',
+  ),
   (
     lambda: jd.local_sgd(optax.sgd(1.0), MEAN, every=0),
     r'every must be .* got 0',

@@ -25,6 +25,24 @@ METHODS = {
   'power_sgd': lambda: optax.chain(
     jd.error_feedback(jd.low_rank_mean(public.AXIS, 2)), optax.adam(0.01)
   ),
+  'econtrol': lambda: optax.chain(
+    jd.econtrol(
+      jd.mean(public.AXIS, jd.top_k(0.1, block_size=128), 'two_shot')
+    ),
+    optax.sgd(0.01),
+  ),
+  'dgc': lambda: optax.chain(
+    jd.dgc(
+      jd.staged(
+        [
+          jd.mean(public.AXIS, jd.top_k(d, block_size=128), 'two_shot')
+          for d in (0.5, 0.1)
+        ],
+        [4],
+      )
+    ),
+    optax.sgd(0.01),
+  ),
   'gossip': lambda: jd.local_sgd(
     optax.adam(0.01),
     jd.gossip(public.AXIS, 'ring', jd.sign(block_size=128), mixing=0.5),
@@ -59,15 +77,25 @@ def test_resume_is_no_break(name, make_mesh, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, resumed, whole)
 
 
-@pytest.mark.parametrize('name', ['feedback', 'diloco', 'power_sgd'])
+@pytest.mark.parametrize(
+  'name', ['feedback', 'diloco', 'power_sgd', 'econtrol']
+)
 def test_other_worker_counts_keep_what_is_owed(name, make_mesh, tmp_path):
   """8 -> 4 -> 6 workers: the mean residual, and the second one, stay."""
 
   def owed(state):
     opt = state.opt_state
     state = opt.meeting if name == 'diloco' else opt[0]
-    mean = jax.tree.map(lambda e: np.mean(e, axis=0), state.residual.value)
+    own = [
+      getattr(state, field).value
+      for field in ('residual', 'error', 'estimate', 'momentum')
+      if hasattr(state, field)
+    ]
+    mean = jax.tree.map(lambda e: np.mean(e, axis=0), own)
     held = getattr(state.communicator, 'dropped', None)
+    if name == 'dgc':
+      (matrices,) = state.communicator['matrix'].states
+      held = matrices.dropped
     # Rows are cut anew among the workers; those at the end only fill up.
     rows = [np.concatenate(x) for x in held.value] if held else []
     return mean, rows

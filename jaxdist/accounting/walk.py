@@ -2,14 +2,15 @@
 
 A loop multiplies by its trip count. A branch is taken as often as its scope
 says: transforms open ``jax.named_scope('jaxdist.every.K')`` inside a branch
-that runs in one of ``K`` steps, and the compiler keeps scopes in the
-``op_name`` of instructions.
+that runs in one of ``K`` steps, and ``jaxdist.warmup.I`` in one that runs only
+at the start and counts nothing in the long run. The compiler keeps scopes in
+the ``op_name`` of instructions.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from jaxdist.accounting import hlo
@@ -28,7 +29,7 @@ COLLECTIVES = frozenset(
 _UNREADABLE = frozenset({'ragged-all-to-all', 'send', 'recv'})
 
 _BRANCH = re.compile(r'\bbranch_\d+_fun\b')
-_EVERY = re.compile(r'\bjaxdist\.every\.([1-9]\d*)')
+_EVERY = re.compile(r'\bjaxdist\.(?:every\.([1-9]\d*)|warmup\.\d+)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class _Branch:
   """
 
   depth: int
-  scopes: frozenset[int]
+  scopes: frozenset[int | float]
 
 
 def kind(instruction: hlo.Instruction) -> str:
@@ -76,7 +77,7 @@ def kind(instruction: hlo.Instruction) -> str:
   return instruction.opcode.removesuffix('-start')
 
 
-def every(op_name: str, depth: int) -> int | None:
+def every(op_name: str, depth: int) -> int | float | None:
   """``K`` of the scope ``jaxdist.every.K`` in the branch at ``depth``.
 
   Only the first scope in a branch says how often it is taken: a second one
@@ -88,7 +89,8 @@ def every(op_name: str, depth: int) -> int | None:
     depth: 1 for the outermost branch.
 
   Returns:
-    The number, or ``None`` if no scope was opened directly in that branch.
+    The number, infinity for a warm-up, or ``None`` if no scope was opened
+    directly in that branch.
 
   Examples:
     >>> op_name = 'cond/branch_1_fun/jaxdist.every.5/cond/branch_0_fun/psum'
@@ -97,7 +99,9 @@ def every(op_name: str, depth: int) -> int | None:
   """
   pieces = _BRANCH.split(op_name)
   scope = _EVERY.search(pieces[depth]) if depth < len(pieces) else None
-  return int(scope.group(1)) if scope else None
+  if not scope:
+    return None
+  return int(scope.group(1)) if scope.group(1) else math.inf
 
 
 def collectives(program: hlo.Program) -> Iterator[Run]:
@@ -131,7 +135,7 @@ def _visit(
       yield Run(
         instruction,
         tuple(computation.operands(instruction)),
-        times / math.prod(scope or 1 for scope in scopes),
+        _part(times, scopes),
         in_unknown_branch=None in scopes,
         in_unknown_loop=in_unknown_loop,
       )
@@ -170,7 +174,16 @@ def _visit(
         yield from _visit(program, called, times, branches, in_unknown_loop)
 
 
-def _branch_every(instruction: hlo.Instruction, branch: _Branch) -> int | None:
+def _part(times: Fraction, scopes: Sequence[int | float | None]) -> Fraction:
+  """How many of ``times`` runs fall to branches that are taken so rarely."""
+  if math.inf in scopes:
+    return Fraction(0)
+  return times / math.prod(scope or 1 for scope in scopes)
+
+
+def _branch_every(
+  instruction: hlo.Instruction, branch: _Branch
+) -> int | float | None:
   """How rarely a branch is taken: in one of how many steps, if known.
 
   Collectives that the partitioner inserts may bear no ``op_name``, or that of
@@ -182,9 +195,11 @@ def _branch_every(instruction: hlo.Instruction, branch: _Branch) -> int | None:
   return own
 
 
-def _scopes(program: hlo.Program, name: str, depth: int) -> frozenset[int]:
+def _scopes(
+  program: hlo.Program, name: str, depth: int
+) -> frozenset[int | float]:
   """All ``K`` that a branch's instructions, and what they call, speak of."""
-  scopes: set[int] = set()
+  scopes: set[int | float] = set()
   names, seen = [name], {name}
   while names:
     for instruction in program.computations[names.pop()].instructions.values():

@@ -1,6 +1,7 @@
 """Optax transforms that own a communicator."""
 
 from jaxdist.transforms.communicate import communicate as communicate
+from jaxdist.transforms.dgc import dgc as dgc
 from jaxdist.transforms.econtrol import econtrol as econtrol
 from jaxdist.transforms.ef21 import ef21 as ef21
 from jaxdist.transforms.ef21 import ef21_stepsize as ef21_stepsize

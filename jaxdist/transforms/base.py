@@ -76,6 +76,15 @@ def where(condition: jax.Array, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
+def zeros(params: optax.Params) -> optax.Updates:
+  """Float32 zeros shaped like the params.
+
+  They are fresh, so that they count as the same on all workers where the params
+  that they are shaped like may not.
+  """
+  return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+
 def settle(
   updates: optax.Updates, new: Any, old: Any, like: optax.Updates
 ) -> tuple[optax.Updates, Any]:

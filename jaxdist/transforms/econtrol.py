@@ -102,7 +102,7 @@ def econtrol(
     return EControlState(
       zero_residual(params, communicator.axis),
       zero_residual(params, communicator.axis),
-      optax.tree.zeros_like(params, dtype=jnp.float32),
+      base.zeros(params),
       communicator.init(params, feedback=True),
       jnp.zeros((), jnp.int32),
       base.Layout.of(params),

@@ -104,7 +104,7 @@ def ef21(
   def init_fn(params):
     return EF21State(
       zero_residual(params, communicator.axis),
-      optax.tree.zeros_like(params, dtype=jnp.float32),
+      base.zeros(params),
       communicator.init(params, feedback=True),
       jnp.zeros((), jnp.int32),
       base.Layout.of(params),

@@ -100,8 +100,7 @@ def error_feedback(
 
 def zero_residual(params: optax.Params, axis: str) -> PerWorker:
   """A residual before anything was dropped."""
-  zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
-  return PerWorker(collectives.vary(zeros, axis))
+  return PerWorker(collectives.vary(base.zeros(params), axis))
 
 
 def exchange_with_feedback(

@@ -97,14 +97,7 @@ def transforms():
   )
   table['dgc'] = optax.chain(
     jd.dgc(
-      jd.staged(
-        [
-          jd.mean(AXIS),
-          jd.mean(AXIS, jd.top_k(0.5, block_size=128), 'gather'),
-          COMMUNICATORS['mean_gather_top_k'],
-        ],
-        [1, 2],
-      ),
+      jd.staged([jd.mean(AXIS), COMMUNICATORS['mean_gather_top_k']], [1]),
       max_norm=1.0,
     ),
     optax.sgd(0.1),

@@ -6,6 +6,7 @@ from jaxdist.transforms.econtrol import econtrol as econtrol
 from jaxdist.transforms.ef21 import ef21 as ef21
 from jaxdist.transforms.ef21 import ef21_stepsize as ef21_stepsize
 from jaxdist.transforms.error_feedback import error_feedback as error_feedback
+from jaxdist.transforms.one_bit_adam import one_bit_adam as one_bit_adam
 from jaxdist.transforms.per_worker import per_worker as per_worker
 from jaxdist.transforms.smoothness import (
   estimate_smoothness as estimate_smoothness,

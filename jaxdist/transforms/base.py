@@ -86,7 +86,11 @@ def zeros(params: optax.Params) -> optax.Updates:
 
 
 def settle(
-  updates: optax.Updates, new: Any, old: Any, like: optax.Updates
+  updates: optax.Updates,
+  new: Any,
+  old: Any,
+  like: optax.Updates,
+  watched: Any = (),
 ) -> tuple[optax.Updates, Any]:
   """A step if it is finite; else zeros and the state before, one more skipped.
 
@@ -96,11 +100,12 @@ def settle(
     new: the state after the step.
     old: the state before it; a NamedTuple with a field ``skipped``.
     like: updates whose dtypes to put out.
+    watched: what must be finite too, the same on all workers.
 
   Returns:
     The updates and the state to go on with.
   """
-  finite = all_finite(updates)
+  finite = all_finite((updates, watched))
   updates = jax.tree.map(
     lambda u, g: jnp.where(finite, u, 0).astype(g.dtype), updates, like
   )
@@ -120,6 +125,23 @@ def check_communicator(communicator: Communicator, *, agrees: bool) -> None:
       f'communicator must give all workers the same result, and '
       f'{communicator!r} does not. Where parameters may drift, use '
       f'jd.local_sgd.'
+    )
+
+
+def check_adam(b1: float, b2: float, eps: float) -> None:
+  """Raises if Adam's constants are out of range."""
+  for name, value in (('b1', b1), ('b2', b2)):
+    if not 0 <= value < 1:
+      raise ValueError(f'{name} must be in [0, 1), got {value}.')
+  if not eps >= 0:
+    raise ValueError(f'eps must be at least 0, got {eps}.')
+
+
+def check_steps(name: str, value: int, least: int) -> None:
+  """Raises if a number of steps is no integer of at least ``least``."""
+  if not isinstance(value, int) or value < least:
+    raise ValueError(
+      f'{name} must be an integer of at least {least}, got {value!r}.'
     )
 
 

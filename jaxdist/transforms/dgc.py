@@ -153,7 +153,8 @@ def dgc(
         lambda u, s: jnp.where(s != 0, 0, u) if s.ndim > 1 else u, u, sent
       )
     new = state._replace(
-      momentum=PerWorker(u),
+      # An empty leaf would lose the mark here.
+      momentum=PerWorker(collectives.vary(u, axis)),
       residual=PerWorker(optax.tree.sub(target, sent)),
       communicator=comm_state,
     )

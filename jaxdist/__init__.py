@@ -47,4 +47,6 @@ from jaxdist.transforms import ef21_stepsize as ef21_stepsize
 from jaxdist.transforms import error_feedback as error_feedback
 from jaxdist.transforms import estimate_smoothness as estimate_smoothness
 from jaxdist.transforms import one_bit_adam as one_bit_adam
+from jaxdist.transforms import one_bit_lamb as one_bit_lamb
 from jaxdist.transforms import per_worker as per_worker
+from jaxdist.transforms import zero_one_adam as zero_one_adam

@@ -102,6 +102,11 @@ def transforms():
     ),
     optax.sgd(0.1),
   )
+  for make in (jd.one_bit_adam, jd.one_bit_lamb, jd.zero_one_adam):
+    options = {'max_local': 2} if make is jd.zero_one_adam else {}
+    table[make.__name__] = make(
+      1e-2, COMMUNICATORS['mean_two_shot_sign'], 2, **options
+    )
   table['diloco'] = jd.diloco(
     adam,
     optax.sgd(0.7, momentum=0.9, nesterov=True),

@@ -76,6 +76,24 @@ AT_CONSTRUCTION = [
   (lambda: jd.dgc(jd.gossip('data')), r'same result'),
   (lambda: jd.dgc(TOP_K, momentum=1.0), r'momentum must be .* got 1\.0'),
   (lambda: jd.dgc(TOP_K, max_norm=0.0), r'max_norm must be .* got 0\.0'),
+  (lambda: jd.one_bit_adam(1e-3, jd.gossip('data'), 9), r'same result'),
+  (lambda: jd.one_bit_adam(1e-3, MEAN, 0), r'warmup_steps must .* got 0'),
+  (lambda: jd.one_bit_adam(1e-3, MEAN, 9, b1=1.0), r'b1 must be .* got 1\.0'),
+  (lambda: jd.one_bit_lamb(1e-3, jd.gossip('data'), 9), r'same result'),
+  (lambda: jd.one_bit_lamb(1e-3, MEAN, 0), r'warmup_steps must .* got 0'),
+  (lambda: jd.one_bit_lamb(1e-3, MEAN, 9, b2=-1.0), r'b2 must be .* got -1\.0'),
+  (lambda: jd.zero_one_adam(1e-3, jd.gossip('data'), 9), r'same result'),
+  (lambda: jd.zero_one_adam(1e-3, MEAN, 0), r'freeze_step must .* got 0'),
+  (lambda: jd.zero_one_adam(1e-3, MEAN, 9, eps=-1.0), r'eps must .* got -1\.0'),
+  (lambda: jd.zero_one_adam(1e-3, MEAN, 9, refreshes=0), r'refreshes .* got 0'),
+  (
+    lambda: jd.zero_one_adam(1e-3, MEAN, 9, double_every=0),
+    r'double_every must be .* got 0',
+  ),
+  (
+    lambda: jd.zero_one_adam(1e-3, MEAN, 9, max_local=3),
+    r'max_local must be a power of two, got 3',
+  ),
   (lambda: jd.ef21(jd.gossip('data')), r'same result'),
   (lambda: jd.ef21(jd.mean('data', jd.ternary())), r'code that contracts'),
   (lambda: jd.econtrol(jd.gossip('data')), r'same result'),
@@ -204,8 +222,15 @@ def test_unknown_label():
     communicator.bytes_sent(PARAMS, 2)
 
 
-def test_local_sgd_needs_params():
-  tx = jd.local_sgd(optax.sgd(1.0), MEAN, every=2)
+@pytest.mark.parametrize(
+  'tx',
+  [
+    jd.local_sgd(optax.sgd(1.0), MEAN, every=2),
+    jd.one_bit_lamb(1e-3, MEAN, 9),
+    jd.zero_one_adam(1e-3, MEAN, 9),
+  ],
+)
+def test_params_are_needed(tx):
   with pytest.raises(ValueError, match='params must be given'):
     simulate(lambda _: tx.update(PARAMS, tx.init(PARAMS)))
 

@@ -43,6 +43,16 @@ METHODS = {
     ),
     optax.sgd(0.01),
   ),
+  'one_bit_lamb': lambda: jd.one_bit_lamb(
+    0.01, jd.mean(public.AXIS, jd.sign(block_size=128), 'two_shot'), 2
+  ),
+  'zero_one_adam': lambda: jd.zero_one_adam(
+    0.01,
+    jd.mean(public.AXIS, jd.sign(block_size=128), 'two_shot'),
+    2,
+    double_every=1,
+    max_local=4,
+  ),
   'gossip': lambda: jd.local_sgd(
     optax.adam(0.01),
     jd.gossip(public.AXIS, 'ring', jd.sign(block_size=128), mixing=0.5),

@@ -7,7 +7,9 @@ from jaxdist.transforms.ef21 import ef21 as ef21
 from jaxdist.transforms.ef21 import ef21_stepsize as ef21_stepsize
 from jaxdist.transforms.error_feedback import error_feedback as error_feedback
 from jaxdist.transforms.one_bit_adam import one_bit_adam as one_bit_adam
+from jaxdist.transforms.one_bit_lamb import one_bit_lamb as one_bit_lamb
 from jaxdist.transforms.per_worker import per_worker as per_worker
 from jaxdist.transforms.smoothness import (
   estimate_smoothness as estimate_smoothness,
 )
+from jaxdist.transforms.zero_one_adam import zero_one_adam as zero_one_adam

@@ -116,7 +116,9 @@ def one_bit_adam(
     return base.settle(direction, new, state, updates, watched=new.nu)
 
   return optax.chain(
-    optax.GradientTransformationExtraArgs(init_moments(communicator), update_fn),
+    optax.GradientTransformationExtraArgs(
+      init_moments(communicator), update_fn
+    ),
     optax.add_decayed_weights(weight_decay),
     optax.scale_by_learning_rate(learning_rate),
   )
@@ -150,9 +152,9 @@ def exchange_moments(
   warmup_steps: int,
   betas: tuple[float, float],
   grads: optax.Updates,
-  state: CompressedMomentsState,
+  state: Any,
   scales: optax.Updates | None = None,
-) -> CompressedMomentsState:
+) -> Any:
   """One step of both moments, by whichever phase it is in.
 
   Args:
@@ -160,7 +162,8 @@ def exchange_moments(
     warmup_steps: how long that is.
     betas: of the momentum and of the variance.
     grads: this worker's, in float32.
-    state: before the step.
+    state: before the step: :class:`CompressedMomentsState`, or a NamedTuple
+      with its fields and others.
     scales: what to multiply the momentum by where it is encoded, and to divide
       it by where it is decoded, as one number a leaf.
 

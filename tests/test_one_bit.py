@@ -211,7 +211,7 @@ def test_zero_one_adam_that_always_meets_is_momentum_sgd():
   ('make', 'warmup'), [(jd.one_bit_adam, 1), (jd.one_bit_lamb, 9)]
 )
 def test_bad_numbers_leave_no_trace(make, warmup):
-  """Steps: good, good, bad on one worker, good; compressed, and in a warm-up."""
+  """Steps: good, good, bad on one worker, good; compressed, and warming up."""
   bad = jax.tree.map(lambda g: g[[0, 1, 1, 2]], gradients())
   bad['a'][2, 3, 1, 1] = np.nan
   tx = make(RATE, SIGN, warmup, **BETAS)

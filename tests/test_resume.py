@@ -88,7 +88,7 @@ def test_resume_is_no_break(name, make_mesh, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'name', ['feedback', 'diloco', 'power_sgd', 'econtrol']
+  'name', ['feedback', 'diloco', 'power_sgd', 'econtrol', 'dgc']
 )
 def test_other_worker_counts_keep_what_is_owed(name, make_mesh, tmp_path):
   """8 -> 4 -> 6 workers: the mean residual, and the second one, stay."""

@@ -51,12 +51,12 @@ class Config:
   """Folder for JSON and plots."""
 
 
-def methods(code: jd.Compressor) -> dict[str, optax.GradientTransformation]:
-  """What is compared; each gives a direction."""
+def methods(code: jd.Compressor) -> dict[str, trials.Method]:
+  """What is compared."""
   mean = jd.mean(AXIS, code, 'gather')
   with warnings.catch_warnings(action='ignore'):  # It says what is shown here.
     no_feedback = jd.communicate(mean)
-  return {
+  directions = {
     'dense': jd.communicate(jd.mean(AXIS)),
     'no feedback': no_feedback,
     'error feedback': jd.error_feedback(mean),
@@ -66,6 +66,7 @@ def methods(code: jd.Compressor) -> dict[str, optax.GradientTransformation]:
     ),
     'EControl': jd.econtrol(mean),
   }
+  return {name: trials.scaled(tx) for name, tx in directions.items()}
 
 
 def gradient_norm(gradient):
@@ -280,14 +281,14 @@ def compare_steps(config: Config, console: Console) -> None:
   steps, every = config.steps or 20000, 100
   # One of 64, as jd.top_k with a block for all of them would keep.
   code = jd.global_top_k(1 / 64)
-  tx = jd.ef21(jd.mean(AXIS, code, 'gather'))
+  method = trials.scaled(jd.ef21(jd.mean(AXIS, code, 'gather')))
   out = Table('spread', 'steps, old', 'new', 'rates, new to old', 'ends, old')
   for title in ('new', "as long to old's end"):
     out.add_column(title)
   for spread in (0.0, 1.0, 1.5):
     problem = unequal_digits(spread)
     rates = theory_rates(problem, code.contraction)
-    curves = trials.run(tx, problem, rates, config.seeds, steps, every)
+    curves = trials.run(method, problem, rates, config.seeds, steps, every)
     times = times_to_level(curves)
     out.add_row(
       f'{spread}',

@@ -54,8 +54,17 @@ class Trial(NamedTuple):
     return np.median(self.curve[:, -last:], axis=1)
 
 
+# From a learning rate to a whole optimizer.
+Method = Callable[[Any], optax.GradientTransformation]
+
+
+def scaled(direction: optax.GradientTransformation) -> Method:
+  """The method that steps against a direction."""
+  return lambda rate: optax.chain(direction, optax.scale(-rate))
+
+
 def run(
-  tx: optax.GradientTransformation,
+  method: Method,
   problem: Problem,
   rates: Sequence[float],
   seeds: int,
@@ -65,7 +74,7 @@ def run(
   """The measure after every few steps, of all seeds and learning rates.
 
   Args:
-    tx: gives the direction; the learning rate is multiplied on here.
+    method: what to run.
     problem: what to minimize.
     rates: learning rates.
     seeds: how many.
@@ -77,20 +86,20 @@ def run(
   """
 
   def worker(params, data, key, rate):
-    full = optax.chain(tx, optax.scale(-rate))
+    tx = method(rate)
 
     def step(carry, index):
       params, state = carry
       own = jax.random.fold_in(jax.random.fold_in(key, index), worker_index())
       grad = problem.gradient(params, data, own)
-      updates, state = full.update(grad, state, params)
+      updates, state = tx.update(grad, state, params)
       return (optax.apply_updates(params, updates), state), None
 
     def several(carry, first):
       carry, _ = jax.lax.scan(step, carry, first + jnp.arange(every))
       return carry, problem.measure(carry[0], data)
 
-    start = (params, full.init(params))
+    start = (params, tx.init(params))
     return jax.lax.scan(several, start, jnp.arange(0, steps, every))[1]
 
   def seed(key, rate):
@@ -110,7 +119,7 @@ def worker_index() -> jax.Array:
 
 
 def best(
-  methods: Mapping[str, optax.GradientTransformation],
+  methods: Mapping[str, Method],
   problem: Problem,
   rates: Sequence[float],
   *,
@@ -126,7 +135,7 @@ def best(
   measure's median over the last part (``tail``) of the run.
 
   Args:
-    methods: transforms by name.
+    methods: by name.
     problem: what to minimize.
     rates: to choose from.
     seeds: how many.
@@ -139,9 +148,9 @@ def best(
     A trial for each method.
   """
   trials = []
-  for name, tx in methods.items():
+  for name, method in methods.items():
     with console.status(name):
-      curves = run(tx, problem, rates, seeds, steps, every)
+      curves = run(method, problem, rates, seeds, steps, every)
     candidates = [
       Trial(name, rate, curves[:, i]) for i, rate in enumerate(rates)
     ]

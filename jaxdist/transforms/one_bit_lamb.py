@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
+from jaxdist import compat
+from jaxdist.communicators import collectives
 from jaxdist.communicators.base import Communicator
 from jaxdist.state import PerWorker
 from jaxdist.transforms import base
@@ -143,14 +145,21 @@ def one_bit_lamb(
     new = exchange_moments(
       communicator, warmup_steps, (b1, b2), grads, state, state.scale
     )
-    adaptive = precondition(new.mu, new.nu, eps)
+    adaptive, new = base.settle(
+      precondition(new.mu, new.nu, eps), new, state, grads, watched=new.nu
+    )
+    good = new.skipped == state.skipped
     direction = jax.tree.map(
       lambda d, p: d + weight_decay * p, adaptive, params
+    )
+    norms = _known_to_agree(
+      [jax.tree.map(_norm, x) for x in (params, adaptive, direction)],
+      communicator.axis,
     )
     warming = state.count < warmup_steps
 
     # In the warm-up the ratio is fresh, and all else is got ready for its end.
-    trust = jax.tree.map(_trust_ratio, params, direction)
+    trust = jax.tree.map(_trust_ratio, norms[0], norms[2])
     ratio = jax.tree.map(
       lambda r, t: jnp.where(
         warming, _RATIO_DECAY * r + (1 - _RATIO_DECAY) * t, r
@@ -158,7 +167,6 @@ def one_bit_lamb(
       state.ratio,
       trust,
     )
-    scale = base.where(warming, _equal_scales(new.mu), state.scale)
     fresh_nu = base.where(
       warming,
       new.nu,
@@ -171,25 +179,31 @@ def one_bit_lamb(
     )
     factor = jax.tree.map(
       lambda f, v, fresh, a, d: jnp.where(
-        warming, 1.0, _next_factor(f, v, fresh, eps, _norm(a), _norm(d))
+        warming, 1.0, _next_factor(f, v, fresh, eps, a, d)
       ),
       state.factor,
       new.nu,
       fresh_nu,
-      adaptive,
-      direction,
+      norms[1],
+      norms[2],
     )
+    scale = base.where(warming, _equal_scales(new.mu), state.scale)
     steps = jax.tree.map(
-      lambda t, r, f, d: jnp.where(warming, t, r * f) * d,
+      lambda t, r, f, d, u: jnp.where(
+        good, jnp.where(warming, t, r * f) * d, 0
+      ).astype(u.dtype),
       trust,
       ratio,
       factor,
       direction,
+      updates,
     )
-    new = new._replace(
-      fresh_nu=fresh_nu, ratio=ratio, factor=factor, scale=scale
+    return steps, new._replace(
+      fresh_nu=base.where(good, fresh_nu, state.fresh_nu),
+      ratio=base.where(good, ratio, state.ratio),
+      factor=base.where(good, factor, state.factor),
+      scale=base.where(good, scale, state.scale),
     )
-    return base.settle(steps, new, state, updates, watched=(new.nu, fresh_nu))
 
   return optax.chain(
     optax.GradientTransformationExtraArgs(init_fn, update_fn),
@@ -201,9 +215,21 @@ def _norm(x):
   return jnp.sqrt(jnp.sum(x * x))
 
 
-def _trust_ratio(param, direction):
-  """LAMB's; one where there is nothing to compare."""
-  p, d = _norm(param), _norm(direction)
+def _known_to_agree(numbers, axis):
+  """Numbers that are equal on all workers, as such.
+
+  Params come as varying to who differentiates by them in a ``shard_map`` of
+  their own. A small all-reduce says that their norms do not; elsewhere there is
+  nothing to say.
+  """
+  leaves = jax.tree.leaves(numbers)
+  if not any(axis in compat.varying_axes(x) for x in leaves):
+    return numbers
+  return jax.lax.pmean(collectives.vary(numbers, axis), axis)
+
+
+def _trust_ratio(p, d):
+  """LAMB's, from norms; one where there is nothing to compare."""
   ratio = jnp.where((p > 0) & (d > 0), p / d, 1.0)
   return jnp.clip(ratio, *_RATIO_LIMITS)
 

@@ -87,11 +87,6 @@ def transforms():
   table['ef21'] = optax.chain(
     jd.ef21(COMMUNICATORS['mean_two_shot_top_k']), optax.sgd(0.1)
   )
-  table['ef21_sgdm'] = optax.chain(
-    jd.per_worker(optax.ema(0.9, debias=False)),
-    jd.ef21(COMMUNICATORS['mean_gather_top_k']),
-    optax.sgd(0.1),
-  )
   table['econtrol'] = optax.chain(
     jd.econtrol(COMMUNICATORS['partition']), optax.sgd(0.1)
   )

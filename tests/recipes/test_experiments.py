@@ -8,6 +8,7 @@ import warnings
 
 import feedback
 import numpy as np
+import sketch
 import trials
 
 import jaxdist as jd
@@ -62,3 +63,12 @@ def test_newer_theory_of_ef21_is_faster_by_its_larger_step():
     feedback.times_to_level(curves), rates[1] / rates[0], rtol=0.1
   )
   assert np.all(curves[:, :, -1] < curves[:, :, 0])
+
+
+def test_fresh_sketches_converge_and_a_fixed_one_does_not():
+  dense = sketch.ends('dense', seeds=2, rounds=60)
+  fresh = sketch.ends('sketch', seeds=2, rounds=60)
+  # At equal bytes, nearly as many digits.
+  assert np.all(np.log(fresh) < np.log(dense) / 2)
+  assert sketch.ends('sketch, fixed', seeds=2, rounds=60).min() > 0.5
+  assert not np.any(sketch.ends('sketch, rate 1 / L', seeds=2, rounds=60) < 100)

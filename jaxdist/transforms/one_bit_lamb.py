@@ -90,7 +90,9 @@ def one_bit_lamb(
   square at the end of the warm-up that of the mean leaf.
 
   **On the wire:** as :func:`jaxdist.one_bit_adam`; ratios cost nothing, since
-  all that they are made of is the same on all workers.
+  all that they are made of is the same on all workers. (In a ``shard_map`` of
+  your own where params count as varying, three numbers a leaf say that their
+  norms do not.)
 
   Args:
     learning_rate: a number or a schedule.

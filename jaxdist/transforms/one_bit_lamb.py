@@ -242,7 +242,7 @@ def _equal_scales(mu):
   filled = [
     r for r, m in zip(*map(jax.tree.leaves, (rms, mu)), strict=True) if m.size
   ]
-  typical = sum(filled) / len(filled)
+  typical = sum(filled) / max(1, len(filled))
   return jax.tree.map(lambda r: jnp.where(r > 0, typical / r, 1.0), rms)
 
 

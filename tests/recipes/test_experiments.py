@@ -6,6 +6,7 @@ the margins are those of the specification of each method.
 
 import warnings
 
+import digits
 import feedback
 import numpy as np
 import sketch
@@ -72,3 +73,17 @@ def test_fresh_sketches_converge_and_a_fixed_one_does_not():
   assert np.all(np.log(fresh) < np.log(dense) / 2)
   assert sketch.ends('sketch, fixed', seeds=2, rounds=60).min() > 0.5
   assert not np.any(sketch.ends('sketch, rate 1 / L', seeds=2, rounds=60) < 100)
+
+
+def test_momentum_bears_one_bit_and_gradients_before_adam_do_not():
+  methods, problem = digits.adam_methods(steps=150), digits.digits(batch=16)
+  one_bit = ends(methods['1-bit Adam, 20%'], problem, 3e-3, 150)
+  behind = ends(methods['feedback, then Adam'], problem, 3e-3, 150)
+  assert one_bit.max() < 0.7 * behind.min()
+
+
+def test_momentum_built_up_on_workers_is_ahead_of_gradient_dropping():
+  methods, problem = digits.momentum_methods(1e-3), digits.digits(batch=16)
+  built_up = ends(methods['DGC, no masking'], problem, 0.1, 150)
+  dropped = ends(methods['gradient dropping'], problem, 0.1, 150)
+  assert built_up.max() < dropped.min()

@@ -82,7 +82,8 @@ def one_bit_adam(
     b1: :math:`\beta_1`.
     b2: :math:`\beta_2`. The variance should have come to rest in the warm-up:
       it forgets over about 1 / (1 - b2) steps.
-    eps: :math:`\epsilon`.
+    eps: :math:`\epsilon`. A code gives numbers of almost no variance the
+      magnitude of their block: if the loss jumps after the warm-up, raise it.
     weight_decay: :math:`\lambda`.
 
   Returns:

@@ -14,6 +14,7 @@ from jaxdist.communicators import low_rank_mean as low_rank_mean
 from jaxdist.communicators import mean as mean
 from jaxdist.communicators import partition as partition
 from jaxdist.communicators import per_shard as per_shard
+from jaxdist.communicators import staged as staged
 from jaxdist.compressors import Compressor as Compressor
 from jaxdist.compressors import chained as chained
 from jaxdist.compressors import float4 as float4
@@ -54,5 +55,13 @@ from jaxdist.training import mean_params as mean_params
 from jaxdist.training import merge as merge
 from jaxdist.training import train_step as train_step
 from jaxdist.transforms import communicate as communicate
+from jaxdist.transforms import dgc as dgc
+from jaxdist.transforms import econtrol as econtrol
+from jaxdist.transforms import ef21 as ef21
+from jaxdist.transforms import ef21_stepsize as ef21_stepsize
 from jaxdist.transforms import error_feedback as error_feedback
+from jaxdist.transforms import estimate_smoothness as estimate_smoothness
+from jaxdist.transforms import one_bit_adam as one_bit_adam
+from jaxdist.transforms import one_bit_lamb as one_bit_lamb
 from jaxdist.transforms import per_worker as per_worker
+from jaxdist.transforms import zero_one_adam as zero_one_adam

@@ -137,7 +137,7 @@ def check(config: Config) -> None:
 
 def train(
   config: Config,
-  method: str,
+  method: str | methods.Method,
   data: text.Text,
   folder: Folder | None = None,
   watch: Callable[[dict[str, Any]], bool | None] = lambda line: None,
@@ -152,7 +152,7 @@ def train(
 
   Args:
     config: the command line; ``config.method`` is not read.
-    method: a name in ``methods.METHODS``.
+    method: a name in ``methods.METHODS``, or a method of an experiment's own.
     data: what to read.
     folder: where to keep metrics and checkpoints, and to go on from its newest
       checkpoint; None to keep nothing.
@@ -161,7 +161,9 @@ def train(
   Returns:
     The run; it is whole if it has ``config.steps`` lines.
   """
-  chosen = methods.find(method)
+  if isinstance(method, str):
+    method = methods.find(method)
+  name = method.name
   place = find_place(config.workers)
   rows = config.batch * place.workers
   batches = text.training_batches(data, config.length, rows, config.seed)
@@ -177,7 +179,7 @@ def train(
   def loss_fn(params, batch):
     return next_byte_loss(nnx.merge(graphdef, params), batch)
 
-  peak = config.lr or chosen.learning_rate
+  peak = config.lr or method.learning_rate
   schedule = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=peak,
@@ -185,7 +187,7 @@ def train(
     decay_steps=config.steps,
     end_value=0.05 * peak,
   )
-  tx = chosen.build(AXIS, schedule)
+  tx = method.build(AXIS, schedule)
   state = jd.init(tx, params, **place.arguments())
   step_fn = jd.train_step(loss_fn, tx, **place.arguments())
   step_fn = step_fn.lower(state, place.put(batches[0])).compile()
@@ -201,14 +203,14 @@ def train(
       counted.put(batches[0]),
     )
 
-  run = Run(method, [], traffic)
+  run = Run(name, [], traffic)
   first = 0
   if folder:
-    checkpoints = folder.checkpoints(method)
+    checkpoints = folder.checkpoints(name)
     first = jd.latest_step(checkpoints) or 0
     if first:
       state = jd.restore(checkpoints, state)
-    run.lines = folder.truncate(method, first)
+    run.lines = folder.truncate(name, first)
     folder.save_traffic(run)
   before = run.seconds if run.lines else 0.0
   started = time.perf_counter()
@@ -218,7 +220,7 @@ def train(
     state, metrics = step_fn(state, place.put(batches[index]))
     loss = float(np.mean(metrics['loss']))
     line = {
-      'run': method,
+      'run': name,
       'step': index + 1,
       # JSON has no NaN; such a step is skipped by all workers together.
       'loss': loss if math.isfinite(loss) else None,

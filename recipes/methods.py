@@ -220,6 +220,45 @@ def quantized(axis, learning_rate):
 
 
 @method(
+  'ef21-sgdm',
+  "the largest 5% of how each worker's averaged gradient differs from what all "
+  'know of it',
+  1.6e-2,
+)
+def ef21_sgdm(axis, learning_rate):
+  return optax.chain(
+    jd.per_worker(optax.ema(0.9, debias=False)),
+    jd.ef21(jd.mean(axis, jd.top_k(0.05))),
+    muon(learning_rate),
+  )
+
+
+@method(
+  'econtrol',
+  'the largest 5% of how each gradient differs from what all know of it, and '
+  'of a part of what was missed before',
+  1.6e-2,
+)
+def econtrol(axis, learning_rate):
+  return optax.chain(
+    jd.econtrol(jd.mean(axis, jd.top_k(0.05))), muon(learning_rate)
+  )
+
+
+@method(
+  'dgc',
+  'SGD whose momentum waits on each worker; the largest thousandth of it is '
+  'sent, vectors whole',
+  0.3,
+)
+def dgc(axis, learning_rate):
+  return optax.chain(
+    jd.dgc(jd.mean(axis, jd.top_k(0.001), 'gather'), max_norm=1.0),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+@method(
   'power-sgd',
   'gradients are averaged as matrices of rank 2; the rest is remembered',
   1.6e-2,

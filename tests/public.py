@@ -49,6 +49,13 @@ COMMUNICATORS = {
     },
     is_matrix,
   ),
+  'staged': jd.staged(
+    [
+      jd.mean(AXIS, jd.top_k(0.5, block_size=128), 'two_shot'),
+      jd.mean(AXIS, SMALL_TOP_K, 'two_shot'),
+    ],
+    [1],
+  ),
   'gossip_ring': jd.gossip(AXIS, 'ring'),
   'gossip_exponential': jd.gossip(AXIS, 'one_peer_exponential'),
   'gossip_random_pairs': jd.gossip(AXIS, 'random_pairs'),
@@ -87,6 +94,24 @@ def transforms():
     jd.error_feedback(COMMUNICATORS['mean_gather_top_k']),
     optax.sgd(0.1),
   )
+  table['ef21'] = optax.chain(
+    jd.ef21(COMMUNICATORS['mean_two_shot_top_k']), optax.sgd(0.1)
+  )
+  table['econtrol'] = optax.chain(
+    jd.econtrol(COMMUNICATORS['partition']), optax.sgd(0.1)
+  )
+  table['dgc'] = optax.chain(
+    jd.dgc(
+      jd.staged([jd.mean(AXIS), COMMUNICATORS['mean_gather_top_k']], [1]),
+      max_norm=1.0,
+    ),
+    optax.sgd(0.1),
+  )
+  for make in (jd.one_bit_adam, jd.one_bit_lamb, jd.zero_one_adam):
+    options = {'max_local': 2} if make is jd.zero_one_adam else {}
+    table[make.__name__] = make(
+      1e-2, COMMUNICATORS['mean_two_shot_sign'], 2, **options
+    )
   table['diloco'] = jd.diloco(
     adam,
     optax.sgd(0.7, momentum=0.9, nesterov=True),

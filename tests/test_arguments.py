@@ -89,6 +89,67 @@ AT_CONSTRUCTION = [
   ),
   (lambda: jd.error_feedback(jd.gossip('data')), r'same result'),
   (lambda: jd.communicate(jd.gossip('data')), r'same result'),
+  (lambda: jd.staged([MEAN, TOP_K], []), r'one fewer than the 2 .* got \[\]'),
+  (lambda: jd.staged([], []), r'one fewer than the 0'),
+  (lambda: jd.staged([MEAN, TOP_K], [0]), r'rise from at least 1, got \[0\]'),
+  (
+    lambda: jd.staged([MEAN, TOP_K, MEAN], [5, 5]),
+    r'boundaries must rise from at least 1, got \[5, 5\]',
+  ),
+  (
+    lambda: jd.staged([MEAN, jd.mean('model')], [1]),
+    r"share one axis, got \['data', 'model'\]",
+  ),
+  (lambda: jd.staged([MEAN, jd.gossip('data')], [1]), r'must all agree'),
+  (lambda: jd.dgc(jd.gossip('data')), r'same result'),
+  (lambda: jd.dgc(TOP_K, momentum=1.0), r'momentum must be .* got 1\.0'),
+  (lambda: jd.dgc(TOP_K, max_norm=0.0), r'max_norm must be .* got 0\.0'),
+  (lambda: jd.one_bit_adam(1e-3, jd.gossip('data'), 9), r'same result'),
+  (lambda: jd.one_bit_adam(1e-3, MEAN, 0), r'warmup_steps must .* got 0'),
+  (lambda: jd.one_bit_adam(1e-3, MEAN, 9, b1=1.0), r'b1 must be .* got 1\.0'),
+  (lambda: jd.one_bit_lamb(1e-3, jd.gossip('data'), 9), r'same result'),
+  (lambda: jd.one_bit_lamb(1e-3, MEAN, 0), r'warmup_steps must .* got 0'),
+  (lambda: jd.one_bit_lamb(1e-3, MEAN, 9, b2=-1.0), r'b2 must be .* got -1\.0'),
+  (lambda: jd.zero_one_adam(1e-3, jd.gossip('data'), 9), r'same result'),
+  (lambda: jd.zero_one_adam(1e-3, MEAN, 0), r'freeze_step must .* got 0'),
+  (lambda: jd.zero_one_adam(1e-3, MEAN, 9, eps=-1.0), r'eps must .* got -1\.0'),
+  (lambda: jd.zero_one_adam(1e-3, MEAN, 9, refreshes=0), r'refreshes .* got 0'),
+  (
+    lambda: jd.zero_one_adam(1e-3, MEAN, 9, double_every=0),
+    r'double_every must be .* got 0',
+  ),
+  (
+    lambda: jd.zero_one_adam(1e-3, MEAN, 9, max_local=3),
+    r'max_local must be a power of two, got 3',
+  ),
+  (lambda: jd.ef21(jd.gossip('data')), r'same result'),
+  (lambda: jd.ef21(jd.mean('data', jd.ternary())), r'code that contracts'),
+  (lambda: jd.econtrol(jd.gossip('data')), r'same result'),
+  (lambda: jd.econtrol(TOP_K, control=-1.0), r'control must be .* got -1\.0'),
+  (
+    lambda: jd.econtrol(jd.low_rank_mean('data', 2)),
+    r'control must be given where the contraction is not known',
+  ),
+  (
+    lambda: jd.ef21_stepsize(1.0, [1.0], 0.0),
+    r'contraction must be in \(0, 1\], got 0',
+  ),
+  (
+    lambda: jd.ef21_stepsize(0.0, [1.0], 0.1),
+    r'smoothness must be positive, got 0',
+  ),
+  (
+    lambda: jd.ef21_stepsize(1.0, [1.0, 0.0], 0.1),
+    r'worker_smoothness must be positive .* got \[1\.0, 0\.0\]',
+  ),
+  (
+    lambda: unchecked(jd.ef21_stepsize)(1.0, [1.0], 0.1, mean='max'),
+    r"mean must be .* got 'max'",
+  ),
+  (
+    lambda: jd.estimate_smoothness(jnp.sum, PARAMS, None, iterations=0),
+    r'iterations must be at least 1, got 0',
+  ),
   (
     lambda: jd.local_sgd(optax.sgd(1.0), MEAN, every=0),
     r'every must be .* got 0',
@@ -243,8 +304,15 @@ def test_unknown_label():
     communicator.bytes_sent(PARAMS, 2)
 
 
-def test_local_sgd_needs_params():
-  tx = jd.local_sgd(optax.sgd(1.0), MEAN, every=2)
+@pytest.mark.parametrize(
+  'tx',
+  [
+    jd.local_sgd(optax.sgd(1.0), MEAN, every=2),
+    jd.one_bit_lamb(1e-3, MEAN, 9),
+    jd.zero_one_adam(1e-3, MEAN, 9),
+  ],
+)
+def test_params_are_needed(tx):
   with pytest.raises(ValueError, match='params must be given'):
     simulate(lambda _: tx.update(PARAMS, tx.init(PARAMS)))
 

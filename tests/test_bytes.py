@@ -118,6 +118,8 @@ def test_auto_gathers_what_is_small():
   [
     # One int32 all-reduce more, by which all agree to skip a bad step.
     (jd.error_feedback, lambda claim: claim + 2 * 4 * 7 / 8),
+    (jd.ef21, lambda claim: claim + 2 * 4 * 7 / 8),
+    (jd.econtrol, lambda claim: claim + 2 * 4 * 7 / 8),
     (lambda c: jd.local_sgd(optax.sgd(0.1), c, every=4), lambda c: c / 4),
   ],
 )

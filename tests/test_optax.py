@@ -188,6 +188,9 @@ def test_injected_learning_rate_can_be_changed(make_mesh):
   [
     lambda: jd.error_feedback(MEAN),
     lambda: jd.communicate(DENSE),
+    lambda: jd.ef21(MEAN),
+    lambda: jd.econtrol(MEAN),
+    lambda: jd.dgc(MEAN),
     lambda: jd.local_sgd(optax.sgd(0.1), MEAN, every=2),
     lambda: jd.diloco(optax.sgd(0.1), optax.sgd(1.0), MEAN, every=2),
   ],

@@ -50,6 +50,34 @@ METHODS = {
   'power_sgd': lambda: optax.chain(
     jd.error_feedback(jd.low_rank_mean(public.AXIS, 2)), optax.adam(0.01)
   ),
+  'econtrol': lambda: optax.chain(
+    jd.econtrol(
+      jd.mean(public.AXIS, jd.top_k(0.1, block_size=128), 'two_shot')
+    ),
+    optax.sgd(0.01),
+  ),
+  'dgc': lambda: optax.chain(
+    jd.dgc(
+      jd.staged(
+        [
+          jd.mean(public.AXIS, jd.top_k(d, block_size=128), 'two_shot')
+          for d in (0.5, 0.1)
+        ],
+        [4],
+      )
+    ),
+    optax.sgd(0.01),
+  ),
+  'one_bit_lamb': lambda: jd.one_bit_lamb(
+    0.01, jd.mean(public.AXIS, jd.sign(block_size=128), 'two_shot'), 2
+  ),
+  'zero_one_adam': lambda: jd.zero_one_adam(
+    0.01,
+    jd.mean(public.AXIS, jd.sign(block_size=128), 'two_shot'),
+    2,
+    double_every=1,
+    max_local=4,
+  ),
   'gossip': lambda: jd.local_sgd(
     optax.adam(0.01),
     jd.gossip(public.AXIS, 'ring', jd.sign(block_size=128), mixing=0.5),
@@ -94,6 +122,8 @@ def test_resume_is_no_break(name, make_mesh, tmp_path):
     'noloco',
     'fedavg',
     'power_sgd',
+    'econtrol',
+    'dgc',
   ],
 )
 def test_other_worker_counts_keep_what_is_owed(name, make_mesh, tmp_path):
@@ -102,7 +132,7 @@ def test_other_worker_counts_keep_what_is_owed(name, make_mesh, tmp_path):
   def owed(state):
     drifting = isinstance(state.params, jd.PerWorker)
     state = state.opt_state.meeting if drifting else state.opt_state[0]
-    fields = ('residual', 'snapshot', 'slow', 'momentum')
+    fields = ('residual', 'snapshot', 'slow', 'momentum', 'error', 'estimate')
     kept = [getattr(state, field, None) for field in fields]
     kept = [node.value for node in kept if isinstance(node, jd.PerWorker)]
     mean = jax.tree.map(lambda e: np.mean(e, axis=0), kept)

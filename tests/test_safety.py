@@ -74,6 +74,31 @@ def test_what_feedback_adds_up_stays_in_the_range_of_the_dtype():
   np.testing.assert_array_equal(state.skipped, [0, 0])
 
 
+@pytest.mark.parametrize('make', [jd.ef21, jd.econtrol, jd.dgc])
+def test_other_feedback_drops_it_too(make):
+  """Steps: good, bad on one worker, good."""
+  tx = make(AGREEING['mean_two_shot_top_k'])
+  good = public.gradients(WORKERS, 2)
+  want_updates, want = public.run(tx, good, public.params())
+  gradients = jax.tree.map(lambda g: g[[0, 0, 1]], good)
+  gradients['w'][1, 2, 3, 4] = np.nan
+  updates, state = public.run(tx, gradients, public.params())
+  for key, leaf in updates.items():
+    np.testing.assert_array_equal(leaf[:, [0, 2]], want_updates[key])
+    assert not np.any(leaf[:, 1])
+  np.testing.assert_array_equal(state.skipped, np.ones(WORKERS))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    state._replace(skipped=None),
+    want._replace(skipped=None),
+  )
+
+
+def test_too_much_control_warns():
+  with pytest.warns(UserWarning, match='control=0.3 is above the contraction'):
+    jd.econtrol(jd.mean(public.AXIS, jd.top_k(0.1)), control=0.3)
+
+
 def _train(tx, batches, make_mesh):
   where = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
   params = {'w': jnp.ones((24, 20)), 'b': jnp.ones(20)}

@@ -39,8 +39,9 @@ def traffic(
   where :math:`t_i` is the product of the lengths of the loops around
   collective :math:`i`, times :math:`1/K` for each branch around it that says
   with ``jax.named_scope('jaxdist.every.K')``, opened inside the branch, that
-  it is taken in one of ``K`` steps. Branches that do not say so count as
-  always taken, and are marked.
+  it is taken in one of ``K`` steps; those of a warm-up, which say
+  ``jaxdist.warmup.I``, are listed and count zero times. Branches that do not
+  say so count as always taken, and are marked.
 
   Collectives among one device are copies and not listed. What kernels send by
   themselves (remote copies in a custom call) is not seen.

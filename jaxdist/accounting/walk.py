@@ -2,20 +2,24 @@
 
 A loop multiplies by its trip count. A branch is taken as often as its scope
 says: transforms open ``jax.named_scope('jaxdist.every.K')`` inside a branch
-that runs in one of ``K`` steps, or ``jaxdist.every.K_N`` in one that runs in
-``N`` of them, and the compiler keeps scopes in the ``op_name`` of instructions.
+that runs in one of ``K`` steps, ``jaxdist.every.K_N`` in one that runs in ``N``
+of them, and ``jaxdist.warmup.I`` in one that runs only at the start and counts
+nothing in the long run. The compiler keeps scopes in the ``op_name`` of
+instructions.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from jaxdist.accounting import hlo, transfers
 
 _BRANCH = re.compile(r'\bbranch_\d+_fun\b')
-_EVERY = re.compile(r'\bjaxdist\.every\.([1-9]\d*)(?:_([1-9]\d*))?')
+_EVERY = re.compile(
+  r'\bjaxdist\.(?:every\.([1-9]\d*)(?:_([1-9]\d*))?|warmup\.\d+)'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +56,10 @@ class _Branch:
   """
 
   depth: int
-  scopes: frozenset[Fraction]
+  scopes: frozenset[Fraction | float]
 
 
-def every(op_name: str, depth: int) -> Fraction | None:
+def every(op_name: str, depth: int) -> Fraction | float | None:
   """``K`` of the scope ``jaxdist.every.K`` in the branch at ``depth``.
 
   Only the first scope in a branch says how often it is taken: a second one
@@ -67,8 +71,8 @@ def every(op_name: str, depth: int) -> Fraction | None:
     depth: 1 for the outermost branch.
 
   Returns:
-    ``K``, or ``K / N``; ``None`` if no scope was opened directly in that
-    branch.
+    ``K``, or ``K / N``; infinity for a warm-up; ``None`` if no scope was opened
+    directly in that branch.
 
   Examples:
     >>> op_name = 'cond/branch_1_fun/jaxdist.every.5/cond/branch_0_fun/psum'
@@ -77,7 +81,9 @@ def every(op_name: str, depth: int) -> Fraction | None:
   """
   pieces = _BRANCH.split(op_name)
   scope = _EVERY.search(pieces[depth]) if depth < len(pieces) else None
-  return Fraction(int(scope[1]), int(scope[2] or 1)) if scope else None
+  if not scope:
+    return None
+  return Fraction(int(scope[1]), int(scope[2] or 1)) if scope[1] else math.inf
 
 
 def collectives(program: hlo.Program) -> Iterator[Run]:
@@ -118,7 +124,7 @@ def _visit(
         transfer,
         name,
         within,
-        times / math.prod(scope or 1 for scope in scopes),
+        _part(times, scopes),
         in_unknown_branch=None in scopes,
         in_unknown_loop=in_unknown_loop,
       )
@@ -183,9 +189,18 @@ def _branches(conditional: hlo.Instruction) -> tuple[str, ...]:
   )
 
 
+def _part(
+  times: Fraction, scopes: Sequence[Fraction | float | None]
+) -> Fraction:
+  """How many of ``times`` runs fall to branches that are taken so rarely."""
+  if math.inf in scopes:
+    return Fraction(0)
+  return times / math.prod(scope or 1 for scope in scopes)
+
+
 def _branch_every(
   instruction: hlo.Instruction, branch: _Branch
-) -> Fraction | None:
+) -> Fraction | float | None:
   """How rarely a branch is taken: in one of how many steps, if known.
 
   Collectives that the partitioner inserts may bear no ``op_name``, or that of
@@ -197,9 +212,11 @@ def _branch_every(
   return own
 
 
-def _scopes(program: hlo.Program, name: str, depth: int) -> frozenset[Fraction]:
+def _scopes(
+  program: hlo.Program, name: str, depth: int
+) -> frozenset[Fraction | float]:
   """All ``K`` that a branch's instructions, and what they call, speak of."""
-  scopes: set[Fraction] = set()
+  scopes: set[Fraction | float] = set()
   names, seen = [name], {name}
   while names:
     for instruction in program.computations[names.pop()].instructions.values():

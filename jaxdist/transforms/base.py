@@ -4,11 +4,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxdist.communicators import base as communicators
 from jaxdist.communicators import checks
-from jaxdist.communicators.base import Communicator, check_not_reduced
+from jaxdist.communicators.base import Communicator, cast, check_not_reduced
 from jaxdist.communicators.base import all_finite as all_finite
 from jaxdist.communicators.base import where as where
 
@@ -64,6 +65,43 @@ def check_updates(updates: optax.Updates, layout: Layout, axis: str) -> None:
   check_not_reduced(updates, axis)
 
 
+def zeros(params: optax.Params) -> optax.Updates:
+  """Float32 zeros shaped like the params.
+
+  They are fresh, so that they count as the same on all workers where the params
+  that they are shaped like may not.
+  """
+  return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+
+def settle(
+  updates: optax.Updates,
+  new: Any,
+  old: Any,
+  like: optax.Updates,
+  watched: Any = (),
+) -> tuple[optax.Updates, Any]:
+  """A step if it is finite; else zeros and the state before, one more skipped.
+
+  Args:
+    updates: what the step puts out, the same on all workers, so that all of
+      them decide alike.
+    new: the state after the step.
+    old: the state before it; a NamedTuple with a field ``skipped``.
+    like: updates whose dtypes to put out.
+    watched: what must be finite too, the same on all workers.
+
+  Returns:
+    The updates and the state to go on with.
+  """
+  finite = all_finite((updates, watched))
+  updates = jax.tree.map(
+    lambda u, g: cast(jnp.where(finite, u, 0), g.dtype), updates, like
+  )
+  skipped = old.skipped + jnp.where(finite, 0, 1)
+  return updates, where(finite, new, old)._replace(skipped=skipped)
+
+
 def check_communicator(communicator: Communicator, *, agrees: bool) -> None:
   """Raises if an argument is no communicator, or of the wrong kind."""
   communicators.check_communicator(communicator)
@@ -75,7 +113,24 @@ def check_communicator(communicator: Communicator, *, agrees: bool) -> None:
     )
 
 
-def check_feedback(communicator: Communicator, decay: Any) -> None:
+def check_adam(b1: float, b2: float, eps: float) -> None:
+  """Raises if Adam's constants are out of range."""
+  for name, value in (('b1', b1), ('b2', b2)):
+    if not 0 <= value < 1:
+      raise ValueError(f'{name} must be in [0, 1), got {value}.')
+  if not eps >= 0:
+    raise ValueError(f'eps must be at least 0, got {eps}.')
+
+
+def check_steps(name: str, value: int, least: int) -> None:
+  """Raises if a number of steps is no integer of at least ``least``."""
+  if not isinstance(value, int) or value < least:
+    raise ValueError(
+      f'{name} must be an integer of at least {least}, got {value!r}.'
+    )
+
+
+def check_feedback(communicator: Communicator, decay: Any = 1.0) -> None:
   """Raises if feedback through a communicator cannot stay bounded."""
   checks.check_fraction('decay', decay)
   checks.check_contracts(

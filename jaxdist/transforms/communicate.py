@@ -71,12 +71,7 @@ def communicate(communicator: Communicator) -> optax.GradientTransformation:
     del params, extra_args
     base.check_updates(updates, state.layout, communicator.axis)
     mean, _, comm_state = communicator.exchange(updates, state.communicator)
-    finite = base.all_finite(mean)
-    return base.where(
-      finite, mean, optax.tree.zeros_like(mean)
-    ), state._replace(
-      communicator=base.where(finite, comm_state, state.communicator),
-      skipped=state.skipped + jnp.where(finite, 0, 1),
-    )
+    new = state._replace(communicator=comm_state)
+    return base.settle(mean, new, state, like=updates)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

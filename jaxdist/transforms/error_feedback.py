@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int32
 
 from jaxdist.communicators import collectives
-from jaxdist.communicators.base import Communicator, cast
+from jaxdist.communicators.base import Communicator
 from jaxdist.state import PerWorker
 from jaxdist.transforms import base
 
@@ -93,24 +93,15 @@ def error_feedback(
     mean, residual, comm_state = exchange_with_feedback(
       communicator, updates, state.residual, state.communicator, decay
     )
-    finite = base.all_finite(mean)
-    mean = jax.tree.map(
-      lambda m, g: cast(jnp.where(finite, m, 0), g.dtype), mean, updates
-    )
-    return mean, ErrorFeedbackState(
-      base.where(finite, residual, state.residual),
-      base.where(finite, comm_state, state.communicator),
-      state.skipped + jnp.where(finite, 0, 1),
-      state.layout,
-    )
+    new = state._replace(residual=residual, communicator=comm_state)
+    return base.settle(mean, new, state, like=updates)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def zero_residual(params: optax.Params, axis: str) -> PerWorker:
   """A residual before anything was dropped."""
-  zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
-  return PerWorker(collectives.vary(zeros, axis))
+  return PerWorker(collectives.vary(base.zeros(params), axis))
 
 
 def exchange_with_feedback(

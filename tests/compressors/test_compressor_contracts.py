@@ -96,6 +96,15 @@ def test_payload_is_words_and_floats_with_blocks_leading(name):
 
 
 @every_code
+@pytest.mark.parametrize('factor', [0.25, 8.0])
+def test_codes_commute_with_a_factor(name, factor):
+  """Why EF21-W's weights cancel. Powers of two, which floats scale exactly."""
+  _, once = coded(name)(gaussian(), KEY)
+  _, scaled = coded(name)(factor * gaussian(), KEY)
+  np.testing.assert_array_equal(scaled, factor * once)
+
+
+@every_code
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 def test_a_number_that_is_not_finite_is_seen(name, bad):
   x = gaussian()

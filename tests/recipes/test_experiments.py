@@ -1,0 +1,91 @@
+"""The orderings that the recipes' experiments show, in seconds.
+
+Fewer seeds and steps than the recipes take, at learning rates that they found;
+the margins are those of the specification of each method.
+"""
+
+import warnings
+
+import digits
+import feedback
+import numpy as np
+import sketch
+import trials
+
+import jaxdist as jd
+
+CODE = jd.global_top_k(0.1)
+
+
+def ends(method, problem, rate, steps, seeds=2):
+  """Each seed's median over the last tenth of the evaluations."""
+  curve = trials.run(method, problem, [rate], seeds, steps, 10)[:, 0]
+  return np.median(curve[:, -max(1, steps // 100) :], axis=1)
+
+
+def test_changes_converge_where_workers_differ_and_errors_do_not():
+  problem = feedback.quadratic(spread=10, noise=0)
+  methods = feedback.methods(CODE)
+  # Float32 has seven digits of gradients of norm ten.
+  assert ends(methods['EF21'], problem, 0.3, 800).max() < 1e-5
+  assert ends(methods['EControl'], problem, 0.3, 800).max() < 1e-5
+  assert ends(methods['error feedback'], problem, 0.03, 800).min() > 1e-3
+
+
+def test_errors_and_momentum_average_noise_and_changes_do_not():
+  problem = feedback.quadratic(spread=10, noise=1)
+  methods = feedback.methods(CODE)
+  found = {
+    name: ends(methods[name], problem, 0.01, 2000).mean()
+    for name in ('dense', 'EF21', 'EF21-SGDM', 'EControl')
+  }
+  assert found['EF21'] > 2 * found['dense']
+  assert found['EF21-SGDM'] < 1.3 * found['dense']
+  assert found['EControl'] < 1.3 * found['dense']
+
+
+def test_too_much_control_diverges():
+  with warnings.catch_warnings(action='ignore'):
+    tx = jd.econtrol(jd.mean(trials.AXIS, CODE, 'gather'), control=1.0)
+  problem = feedback.quadratic(spread=10, noise=0)
+  for rate in (0.003, 0.3):
+    end = ends(trials.scaled(tx), problem, rate, 600)
+    assert not np.any(end < 100)
+
+
+def test_newer_theory_of_ef21_is_faster_by_its_larger_step():
+  problem = feedback.unequal_digits(1.0)
+  code = jd.global_top_k(1 / 64)
+  rates = feedback.theory_rates(problem, code.contraction)
+  method = trials.scaled(jd.ef21(jd.mean(trials.AXIS, code, 'gather')))
+  curves = trials.run(method, problem, rates, 2, 3000, 20)
+  assert rates[1] / rates[0] > 1.4
+  np.testing.assert_allclose(
+    feedback.times_to_level(curves), rates[1] / rates[0], rtol=0.1
+  )
+  assert np.all(curves[:, :, -1] < curves[:, :, 0])
+
+
+def test_fresh_sketches_converge_and_a_fixed_one_does_not():
+  dense = sketch.ends('dense', seeds=2, rounds=60)
+  fresh = sketch.ends('sketch', seeds=2, rounds=60)
+  # At equal bytes, nearly as many digits.
+  assert np.all(np.log(fresh) < np.log(dense) / 2)
+  assert sketch.ends('sketch, fixed', seeds=2, rounds=60).min() > 0.5
+  assert not np.any(sketch.ends('sketch, rate 1 / L', seeds=2, rounds=60) < 100)
+
+
+def test_momentum_bears_one_bit_and_gradients_before_adam_do_not():
+  sign = jd.mean(trials.AXIS, jd.sign(), 'two_shot')
+  one_bit = lambda rate: jd.one_bit_adam(rate, sign, 30, b2=0.99, eps=1e-5)
+  behind = digits.adam_methods(steps=150)['feedback, then Adam']
+  problem = digits.digits(batch=16)
+  found = [ends(method, problem, 3e-3, 150) for method in (one_bit, behind)]
+  assert found[0].max() < 0.7 * found[1].min()
+
+
+def test_momentum_built_up_on_workers_is_ahead_of_gradient_dropping():
+  methods, problem = digits.momentum_methods(1e-3), digits.digits(batch=16)
+  built_up = ends(methods['DGC, no masking'], problem, 0.1, 150)
+  dropped = ends(methods['gradient dropping'], problem, 0.1, 150)
+  assert built_up.max() < dropped.min()

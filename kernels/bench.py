@@ -1,0 +1,145 @@
+"""How fast the operations are.
+
+``python -m jaxdist.kernels.bench --tpu v5e`` reads the time of each kernel for
+TPUs from its schedule, on a machine without one: bundles, the time that they
+take, the time that memory takes, and the ratio. Below 1 memory is the limit.
+
+``python -m jaxdist.kernels.bench`` times what this machine runs, beside a copy
+and what other libraries do.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdist.kernels import schedule
+from jaxdist.kernels.pack.api import num_words
+from jaxdist.kernels.quantize import api as quantization
+from jaxdist.kernels.quantize.formats import FORMATS
+
+NUMBERS = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """An operation on arrays of one shape.
+
+  Attributes:
+    op: its name and static arguments.
+    shape: of the rows.
+    function: calls it.
+    arrays: shapes and dtypes of what it takes.
+  """
+
+  op: str
+  shape: tuple[int, int]
+  function: Callable[..., Any]
+  arrays: tuple[jax.ShapeDtypeStruct, ...]
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes read once and written once: all arguments and results."""
+    results = jax.eval_shape(self.function, *self.arrays)
+    leaves = jax.tree.leaves((self.arrays, results))
+    return sum(
+      math.prod(x.shape) * x.dtype.itemsize
+      for x in leaves
+      if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+
+
+def floats(*shape: int) -> jax.ShapeDtypeStruct:
+  """A shape of float32 numbers."""
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def quantize_cases(
+  implementation: str | None, size: int = 1024
+) -> Iterator[Case]:
+  """Quantization in all formats, with feedback, and the mean of payloads."""
+  rows = NUMBERS // size
+  x, options = floats(rows, size), {'implementation': implementation}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  for name, code in FORMATS.items():
+    for random in [False, True][: 1 + code.stochastic]:
+
+      def encode(x, key, name=name, random=random):
+        own = key if random else None
+        return quantization.quantize(x, name, key=own, **options)
+
+      def feed_back(x, residual, key, name=name, random=random):
+        own = key if random else None
+        return quantization.quantize_with_feedback(
+          x, residual, name, key=own, **options
+        )
+
+      label = f'{name}, stochastic' if random else name
+      yield Case(f'quantize {label}', x.shape, encode, (x, key))
+      yield Case(f'with feedback {label}', x.shape, feed_back, (x, x, key))
+    for workers in (1, 2, 8):
+
+      def mean(words, scale, name=name):
+        return quantization.dequantize_mean(words, scale, name, size, **options)
+
+      words = (workers, rows, num_words(size, code.bits))
+      arrays = jax.ShapeDtypeStruct(words, jnp.uint32), floats(workers, rows, 1)
+      yield Case(f'mean of {workers} {name}', x.shape, mean, arrays)
+
+
+def cases(implementation: str | None) -> Iterator[Case]:
+  """All operations."""
+  yield from quantize_cases(implementation)
+
+
+def tpu_table(generation: str) -> list[dict[str, Any]]:
+  """A row for each kernel: its schedule against its bytes."""
+  chip, folder = schedule.CHIPS[generation], schedule.prepare()
+  table = []
+  for case in cases('tpu'):
+    count = schedule.bundles(folder, chip, case.function, *case.arrays)
+    compute = count / chip.clock
+    memory = case.num_bytes / chip.bandwidth
+    row = {
+      'op': case.op,
+      'shape': case.shape,
+      'bundles': count,
+      'bytes': case.num_bytes,
+      'compute_us': compute * 1e6,
+      'memory_us': memory * 1e6,
+      'ratio': compute / memory,
+    }
+    table.append(row)
+    print(
+      f'{row["op"]:34} {"x".join(map(str, row["shape"])):>12} '
+      f'{count:>10,} {row["compute_us"]:>10.1f} {row["memory_us"]:>10.1f} '
+      f'{row["ratio"]:>6.2f}',
+      flush=True,
+    )
+  return table
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Prints the table, and writes it."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--tpu', choices=schedule.CHIPS, help='read schedules')
+  parser.add_argument('--json', type=pathlib.Path, help='also write it there')
+  options = parser.parse_args(argv)
+  print(
+    f'{"op":34} {"shape":>12} {"bundles":>10} {"compute us":>10} '
+    f'{"memory us":>10} {"ratio":>6}'
+  )
+  table = tpu_table(options.tpu)
+  if options.json:
+    options.json.write_text(json.dumps(table, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

@@ -10,6 +10,7 @@ and what other libraries do.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -24,6 +25,7 @@ from jaxdist.kernels import schedule
 from jaxdist.kernels.pack.api import num_words
 from jaxdist.kernels.quantize import api as quantization
 from jaxdist.kernels.quantize.formats import FORMATS
+from jaxdist.kernels.top_k import api as selection
 
 NUMBERS = 2**24
 
@@ -94,16 +96,35 @@ def quantize_cases(
       yield Case(f'mean of {workers} {name}', x.shape, mean, arrays)
 
 
+def top_k_cases(implementation: str | None, size: int = 1024) -> Iterator[Case]:
+  """Selection with feedback and without, and the mean of payloads."""
+  rows = NUMBERS // size
+  x, options = floats(rows, size), {'implementation': implementation}
+  for k in (1, 10, 16, 51):
+    select = functools.partial(selection.top_k, k=k, **options)
+    feed_back = functools.partial(selection.top_k_with_feedback, k=k, **options)
+    yield Case(f'top-{k}', x.shape, select, (x,))
+    yield Case(f'with feedback top-{k}', x.shape, feed_back, (x, x))
+    for workers in (1, 2, 8):
+      mean = functools.partial(selection.scatter_mean, size=size, **options)
+      values = floats(workers, rows, k)
+      arrays = values, jax.ShapeDtypeStruct(values.shape, jnp.uint32)
+      yield Case(f'mean of {workers} top-{k}', x.shape, mean, arrays)
+
+
 def cases(implementation: str | None) -> Iterator[Case]:
   """All operations."""
   yield from quantize_cases(implementation)
+  yield from top_k_cases(implementation)
 
 
-def tpu_table(generation: str) -> list[dict[str, Any]]:
+def tpu_table(generation: str, only: str) -> list[dict[str, Any]]:
   """A row for each kernel: its schedule against its bytes."""
   chip, folder = schedule.CHIPS[generation], schedule.prepare()
   table = []
   for case in cases('tpu'):
+    if only not in case.op:
+      continue
     count = schedule.bundles(folder, chip, case.function, *case.arrays)
     compute = count / chip.clock
     memory = case.num_bytes / chip.bandwidth
@@ -130,13 +151,14 @@ def main(argv: list[str] | None = None) -> None:
   """Prints the table, and writes it."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--tpu', choices=schedule.CHIPS, help='read schedules')
+  parser.add_argument('--only', default='', help='operations with this in them')
   parser.add_argument('--json', type=pathlib.Path, help='also write it there')
   options = parser.parse_args(argv)
   print(
     f'{"op":34} {"shape":>12} {"bundles":>10} {"compute us":>10} '
     f'{"memory us":>10} {"ratio":>6}'
   )
-  table = tpu_table(options.tpu)
+  table = tpu_table(options.tpu, options.only)
   if options.json:
     options.json.write_text(json.dumps(table, indent=1) + '\n')
 

@@ -8,6 +8,7 @@ not seen: waits for a transfer that is late, and bundles that a branch skips.
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -52,10 +53,13 @@ CHIPS = {
   'tpu7x': Chip('tpu7x:2x2x1', 1153.5e12, 3690e9, 4, 256),
 }
 
-_BUNDLE = re.compile(r'\s*0x[0-9a-f]+\s+(L[HBE]|PF)?\s*:\s*(>*)')
-_EXIT = re.compile(
-  r'scmp\.ge\.s32\.totalorder [^,]+, (\d+) /\* loop exit test \*/'
+_BUNDLE = re.compile(r'\s*0x([0-9a-f]+)\s+(LB)?')
+_START = re.compile(r'Start(?:/End)?(?: empty)? region (\d+)')
+_TEST = re.compile(
+  r'(%p\w+) = scmp\.ge\.s32\.totalorder (?:\(\S+\), )?\S+, (\d+) '
+  r'/\* loop exit test \*/'
 )
+_BRANCH = re.compile(r'sbr\.rel \(!(%p\w+)\) target = \$region(\d+)')
 
 
 def prepare() -> str:
@@ -89,39 +93,27 @@ def count_bundles(text: str) -> int:
     The count. The outermost loop is the grid's, which makes two rounds more
     than it has steps: one to start the first transfers and one to end the last.
   """
-  # Bundles and trips of each loop that is open, the outermost first.
-  total, open_loops = 0, []
-
-  def close(depth):
-    nonlocal total
-    while len(open_loops) > depth:
-      bundles, trips = open_loops.pop()
-      if not open_loops:
-        total += bundles * max(1, trips - 2)
-      else:
-        open_loops[-1][0] += bundles * trips
-
+  starts, trips, loops, places = {}, {}, [], []
   for line in text.splitlines():
     match = _BUNDLE.match(line)
     if match is None:
       continue
-    kind, depth = match[1], len(match[2])
-    if re.search(r':\s*\{\}', line):
-      depth = len(open_loops)  # An empty bundle doesn't say where it is.
-    close(depth)
-    if kind == 'LB' and len(open_loops) == depth:
-      close(depth - 1)  # A loop right after another.
-    while len(open_loops) < depth:
-      open_loops.append([0, 1])
-    if not depth:
-      total += 1
-      continue
-    open_loops[-1][0] += 1
-    exit_test = _EXIT.search(line)
-    if exit_test:
-      open_loops[-1][1] = int(exit_test[1])
-  close(0)
-  return total
+    place = int(match[1], 16)
+    places.append(place)
+    if match[2]:
+      starts |= dict.fromkeys(_START.findall(line), place)
+    trips |= {test: int(count) for test, count in _TEST.findall(line)}
+    for test, region in _BRANCH.findall(line):
+      if region in starts:  # Backwards, to where a loop begins.
+        loops.append((starts[region], place, trips[test]))
+  if loops:
+    start, end, steps = max(loops, key=lambda loop: loop[1] - loop[0])
+    loops.remove((start, end, steps))
+    loops.append((start, end, steps - 2))
+  return sum(
+    math.prod(times for start, end, times in loops if start <= place <= end)
+    for place in places
+  )
 
 
 def compile_for(

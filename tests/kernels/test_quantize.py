@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dither import dither, threefry
-from jax.experimental.pallas import tpu as pltpu
+from simulated import simulated
 
 from jaxdist.kernels import numbers
 from jaxdist.kernels.quantize import api, reference, tpu
@@ -20,19 +20,6 @@ CASES = [
 every_format = pytest.mark.parametrize(
   ('format', 'key'), CASES, ids=[f'{n}-{k is not None}' for n, k in CASES]
 )
-
-
-def simulated(function, *arrays, **options):
-  """Runs a TPU's kernel on the CPU, with all memory poisoned before."""
-  params = pltpu.InterpretParams(
-    detect_races=True,
-    uninitialized_memory='nan',
-    out_of_bounds_reads='uninitialized',
-  )
-  with pltpu.force_tpu_interpret_mode(params):
-    return jax.block_until_ready(
-      jax.jit(lambda *arrays: function(*arrays, **options))(*arrays)
-    )
 
 
 def hard_rows(rows, size, seed=0):

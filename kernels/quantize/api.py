@@ -1,5 +1,6 @@
 """Quantizes rows, packed, and back; with feedback, and the mean of many."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Key, UInt32
 
@@ -10,20 +11,22 @@ from jaxdist.kernels.quantize import reference, tpu
 from jaxdist.kernels.quantize.formats import FORMATS
 
 
-def _op(name, cannot):
+def _op(name, cannot, *static):
+  # Traced once for each shape, also where another form runs: kernels are long.
+  kernel = jax.jit(getattr(tpu, name), static_argnames=static)
   return Op(
     name,
     {
       'xla': Form(getattr(reference, name)),
-      'tpu': Form(getattr(tpu, name), ('tpu',), cannot),
+      'tpu': Form(kernel, ('tpu',), cannot),
     },
   )
 
 
-_quantize = _op('quantize', tpu.cannot_encode)
-_dequantize = _op('dequantize', tpu.cannot_decode)
-_with_feedback = _op('quantize_with_feedback', tpu.cannot_encode)
-_mean = _op('dequantize_mean', tpu.cannot_decode)
+_quantize = _op('quantize', tpu.cannot_encode, 'format')
+_dequantize = _op('dequantize', tpu.cannot_decode, 'format', 'count')
+_with_feedback = _op('quantize_with_feedback', tpu.cannot_encode, 'format')
+_mean = _op('dequantize_mean', tpu.cannot_decode, 'format', 'count')
 
 
 def quantize(

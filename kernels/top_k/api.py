@@ -1,5 +1,6 @@
 """Picks the largest numbers of each row, and puts them back."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt32
 
@@ -8,20 +9,22 @@ from jaxdist.kernels.dispatch import Form, Op
 from jaxdist.kernels.top_k import reference, tpu
 
 
-def _op(name, cannot):
+def _op(name, cannot, *static):
+  # Traced once for each shape, also where another form runs: kernels are long.
+  kernel = jax.jit(getattr(tpu, name), static_argnames=static)
   return Op(
     name,
     {
       'xla': Form(getattr(reference, name)),
-      'tpu': Form(getattr(tpu, name), ('tpu',), cannot),
+      'tpu': Form(kernel, ('tpu',), cannot),
     },
   )
 
 
-_top_k = _op('top_k', tpu.cannot_select)
-_with_feedback = _op('top_k_with_feedback', tpu.cannot_select)
-_scatter = _op('scatter', tpu.cannot_scatter)
-_scatter_mean = _op('scatter_mean', tpu.cannot_scatter)
+_top_k = _op('top_k', tpu.cannot_select, 'k')
+_with_feedback = _op('top_k_with_feedback', tpu.cannot_select, 'k')
+_scatter = _op('scatter', tpu.cannot_scatter, 'size')
+_scatter_mean = _op('scatter_mean', tpu.cannot_scatter, 'size')
 
 
 def top_k(

@@ -73,6 +73,7 @@ def prepare() -> str:
   folder = tempfile.mkdtemp(prefix='schedules-')
   os.environ |= {
     'TPU_SKIP_MDS_QUERY': '1',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # It only compiles here.
     'TPU_WORKER_HOSTNAMES': 'localhost',
     'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
     'LIBTPU_INIT_ARGS': (

@@ -18,14 +18,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float32, UInt32
 
-from jaxdist.kernels.numbers import float_bits
+from jaxdist.kernels.numbers import float_bits, from_float_bits
 from jaxdist.kernels.tpu import LANES, SUBLANES, result, transposed_rows
 
 LARGEST_ROW = 4096
 LARGEST_K = 64
 TILE = 2**18  # Numbers in a tile: 1 MiB, at which transfers reach full speed.
+SOME = 16  # Registers whose values are fetched at a time, to hide waits.
 CHUNK = 16  # Rows that are in registers at a time.
 INFINITY = 0x7F800000  # The bits of a float.
+SMALLEST = 0x00800000  # Those of the smallest that is not subnormal.
 
 
 def cannot_select(x: Any, *residual: Any, k: int) -> str | None:
@@ -44,12 +46,18 @@ def cannot_select(x: Any, *residual: Any, k: int) -> str | None:
 
 def _length(k: int) -> int:
   """Of the sorted lists that hold the best so far."""
-  return 2 ** math.ceil(math.log2(k))
+  return max(SUBLANES, 2 ** math.ceil(math.log2(k)))
 
 
-def _magnitudes(x):
-  """As integers in the definition's order: NaN counts as infinity."""
-  return jnp.minimum(float_bits(x) & 0x7FFFFFFF, INFINITY)
+def _ranks(x):
+  """Floats in the definition's order of magnitudes, NaN as infinity.
+
+  Floats take one instruction where integers take two to find the larger.
+  Subnormal magnitudes, which units may take as zero, become negative integers.
+  """
+  bits = jnp.minimum(float_bits(x) & 0x7FFFFFFF, INFINITY)
+  subnormal = (bits - SMALLEST).astype(jnp.float32)
+  return jnp.where(bits < SMALLEST, subnormal, from_float_bits(bits))
 
 
 def _exchange(items, i, j):
@@ -115,16 +123,14 @@ def _select_kernel(*refs, k, feedback):
     x_ref, residual_ref, values_ref, indices_ref, dropped_ref, *rest = refs
   else:
     x_ref, values_ref, indices_ref, *rest = refs
-  turned_ref, limit_ref, last_ref = rest
+  turned_ref, ranks_ref, limit_ref, last_ref = rest
   tile, size = x_ref.shape
   length, count = _length(k), size // SUBLANES
   sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
   columns = [slice(j, j + LANES) for j in range(0, size, LANES)]
 
-  def load(i):
-    return turned_ref[
-      pl.ds(pl.multiple_of(i * SUBLANES, SUBLANES), SUBLANES), :
-    ]
+  def register(ref, i):
+    return ref[pl.ds(pl.multiple_of(i * SUBLANES, SUBLANES), SUBLANES), :]
 
   def places(i):
     """Where in their rows the numbers of a register are."""
@@ -136,34 +142,39 @@ def _select_kernel(*refs, k, feedback):
       x = x_ref[rows, part]
       if feedback:
         x += residual_ref[rows, part]
-      turned_ref[part, :] = x.T
+      x = x.T
+      turned_ref[part, :] = x
+      ranks_ref[part, :] = _ranks(x)
 
-    least = _largest(count, length, lambda i: _magnitudes(load(i)))[k - 1]
+    ranks = functools.partial(register, ranks_ref)
+    least = _largest(count, length, ranks)[k - 1]
 
     def order(i):
       """Falls with the place, and by a row's length for what is equal."""
-      magnitude, place = _magnitudes(load(i)), places(i)
-      equal = jnp.where(magnitude == least, -(place + size), -4.0 * size)
-      return jnp.where(magnitude > least, -place, equal)
+      rank, place = ranks(i), places(i)
+      equal = jnp.where(rank == least, -(place + size), -4.0 * size)
+      return jnp.where(rank > least, -place, equal)
 
     found = _largest(count, length, order)[:k]
     found = [(-place).astype(jnp.int32) for place in found]
     last = found[-1]
     found = list(_stacked([jnp.where(i < size, i, i - size) for i in found]))
 
-    def fetch(i, values):
-      here = load(i)
-      return [
-        jnp.where(
-          place >> 3 == i,
-          jnp.take_along_axis(here, place & 7, axis=0),
-          value,
-        )
-        for place, value in zip(found, values, strict=True)
-      ]
+    def fetch(some, values):
+      for i in [some * SOME + j for j in range(SOME)]:
+        here = register(turned_ref, i)
+        values = [
+          jnp.where(
+            place >> 3 == i,
+            jnp.take_along_axis(here, place & 7, axis=0),
+            value,
+          )
+          for place, value in zip(found, values, strict=True)
+        ]
+      return values
 
     values = [jnp.zeros((SUBLANES, LANES), jnp.float32) for _ in found]
-    values = jax.lax.fori_loop(0, count, fetch, values)
+    values = jax.lax.fori_loop(0, count // SOME, fetch, values)
     for i, (value, place) in enumerate(zip(values, found, strict=True)):
       part = slice(i * SUBLANES, (i + 1) * SUBLANES)
       values_ref[part, rows] = value
@@ -183,9 +194,9 @@ def _select_kernel(*refs, k, feedback):
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 1)
     for part in columns:
       x = x_ref[rows, part] + residual_ref[rows, part]
-      magnitude, place = _magnitudes(x), lane + part.start
-      tied = (magnitude == limit) & (place <= last)
-      dropped_ref[rows, part] = jnp.where((magnitude > limit) | tied, 0.0, x)
+      rank, place = _ranks(x), lane + part.start
+      tied = (rank == limit) & (place <= last)
+      dropped_ref[rows, part] = jnp.where((rank > limit) | tied, 0.0, x)
 
   jax.lax.fori_loop(0, tile // LANES, select, None)
 
@@ -210,7 +221,8 @@ def _select(x, residual, k):
     + feedback * [result((rows, size), jnp.float32, arrays)],
     scratch_shapes=[
       pltpu.VMEM((size, LANES), jnp.float32),
-      pltpu.VMEM((LANES, LANES), jnp.int32),
+      pltpu.VMEM((size, LANES), jnp.float32),
+      pltpu.VMEM((LANES, LANES), jnp.float32),
       pltpu.VMEM((LANES, LANES), jnp.int32),
     ],
     compiler_params=pltpu.CompilerParams(

@@ -126,11 +126,21 @@ def compile_for(
   devices = topologies.get_topology_desc(
     platform='tpu', topology_name=chip.topology
   ).devices
-  place = jax.sharding.SingleDeviceSharding(devices[0])
+  # In a manual region kernels are told which chip they are for.
+  mesh = jax.sharding.Mesh(devices[:1], ('chip',))
+  everywhere = jax.sharding.PartitionSpec()
+  place = jax.sharding.NamedSharding(mesh, everywhere)
   arrays = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays
   )
-  return jax.jit(function).lower(*arrays).compile()
+  manual = jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=everywhere,
+    out_specs=everywhere,
+    check_vma=False,
+  )
+  return jax.jit(manual).lower(*arrays).compile()
 
 
 def bundles(

@@ -50,3 +50,15 @@ def lane_group(shape: tuple[int, int], width: int) -> Array:
   """Which group of ``width`` lanes each lane is in."""
   lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
   return lane >> int(math.log2(width))
+
+
+def gathers_sublanes() -> bool:
+  """Whether the chip can gather along sublanes; all since v5 can.
+
+  The chip is that of the mesh in a manual region, else this machine's.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None and jax.default_backend() == 'tpu':
+    device = jax.devices()[0]
+  kind = getattr(device, 'device_kind', '')
+  return not kind.startswith(('TPU v2', 'TPU v3', 'TPU v4'))

@@ -19,7 +19,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float32, UInt32
 
 from jaxdist.kernels.numbers import float_bits, from_float_bits
-from jaxdist.kernels.tpu import LANES, SUBLANES, result, transposed_rows
+from jaxdist.kernels.tpu import (
+  LANES,
+  SUBLANES,
+  gathers_sublanes,
+  result,
+  transposed_rows,
+)
 
 LARGEST_ROW = 4096
 LARGEST_K = 64
@@ -118,7 +124,7 @@ def _stacked(items):
     yield stack
 
 
-def _select_kernel(*refs, k, feedback):
+def _select_kernel(*refs, k, feedback, gathers):
   if feedback:
     x_ref, residual_ref, values_ref, indices_ref, dropped_ref, *rest = refs
   else:
@@ -162,15 +168,21 @@ def _select_kernel(*refs, k, feedback):
 
     def fetch(some, values):
       for i in [some * SOME + j for j in range(SOME)]:
-        here = register(turned_ref, i)
-        values = [
-          jnp.where(
-            place >> 3 == i,
-            jnp.take_along_axis(here, place & 7, axis=0),
-            value,
-          )
-          for place, value in zip(found, values, strict=True)
-        ]
+        if gathers:
+          here = register(turned_ref, i)
+          fetched = [
+            jnp.take_along_axis(here, place & 7, axis=0) for place in found
+          ]
+          at = [place >> 3 == i for place in found]
+          values = list(map(jnp.where, at, fetched, values))
+          continue
+        for j in range(SUBLANES):
+          row = turned_ref[pl.ds(i * SUBLANES + j, 1), :]
+          at = [place == i * SUBLANES + j for place in found]
+          values = [
+            jnp.where(here, row, value)
+            for here, value in zip(at, values, strict=True)
+          ]
       return values
 
     values = [jnp.zeros((SUBLANES, LANES), jnp.float32) for _ in found]
@@ -210,7 +222,9 @@ def _select(x, residual, k):
   whole = pl.BlockSpec((tile, size), lambda i: (i, 0))
   turned = pl.BlockSpec((depth, tile), lambda i: (0, i))
   values, indices, *dropped = pl.pallas_call(
-    functools.partial(_select_kernel, k=k, feedback=feedback),
+    functools.partial(
+      _select_kernel, k=k, feedback=feedback, gathers=gathers_sublanes()
+    ),
     grid=(pl.cdiv(rows, tile),),
     in_specs=len(arrays) * [whole],
     out_specs=[turned, turned] + feedback * [whole],

@@ -40,7 +40,9 @@ def test_tpu_form_is_the_definition(k):
   )
 
 
-def test_feedback_on_tpu_keeps_what_is_not_taken():
+@pytest.mark.parametrize('gathers', [True, False])
+def test_feedback_on_tpu_keeps_what_is_not_taken(gathers, monkeypatch):
+  monkeypatch.setattr(tpu, 'gathers_sublanes', lambda: gathers)
   x = hard_rows(7, 256)
   residual = jnp.where(jnp.abs(x) > 1, 0, jnp.roll(x, 1, axis=1))
   got = simulated(tpu.top_k_with_feedback, x, residual, k=3)

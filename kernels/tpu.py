@@ -27,6 +27,21 @@ def result(
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varies)
 
 
+def cannot_partition() -> str | None:
+  """What a kernel would need of the region that it is called in, or ``None``.
+
+  The partitioner does not cut kernels up: of a mesh all axes must be manual.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+  left = [
+    name
+    for name, size in sizes.items()
+    if size > 1 and name not in mesh.manual_axes
+  ]
+  return f'a region that is manual over {left} too' if left else None
+
+
 def transposed_columns(x: Array) -> Array:
   """Columns ``(128, 1)``, repeated along lanes, as rows ``(1, 128)``."""
   return x.T[:1]

@@ -20,6 +20,7 @@ from jaxdist.kernels.quantize.formats import FORMATS
 from jaxdist.kernels.tpu import (
   LANES,
   SUBLANES,
+  cannot_partition,
   lane_group,
   result,
   spread,
@@ -43,7 +44,7 @@ def _unsupported(size: int, format: str, key: Any = None) -> str | None:
     return f'rows of 16, 32, 64 or a multiple of 128 words, not {words}'
   if key is not None and size % (4 * LANES):
     return f'rows of a multiple of 512 numbers to round at random, not {size}'
-  return None
+  return cannot_partition()
 
 
 def cannot_encode(x: Any, *others: Any, format: str) -> str | None:

@@ -22,6 +22,7 @@ from jaxdist.kernels.numbers import float_bits, from_float_bits
 from jaxdist.kernels.tpu import (
   LANES,
   SUBLANES,
+  cannot_partition,
   gathers_sublanes,
   result,
   transposed_rows,
@@ -47,7 +48,7 @@ def cannot_select(x: Any, *residual: Any, k: int) -> str | None:
       f'k up to {LARGEST_K}, and rows of a multiple of 8 times the power of '
       f'two from k on, not {k} of {size}'
     )
-  return None
+  return cannot_partition()
 
 
 def _length(k: int) -> int:
@@ -275,7 +276,7 @@ def cannot_scatter(values: Any, indices: Any, *, size: int) -> str | None:
       f'k up to {LARGEST_K}, and rows of a multiple of 128 numbers, up to '
       f'{LARGEST_ROW}, not {k} of {size}'
     )
-  return None
+  return cannot_partition()
 
 
 def _scatter_kernel(values_ref, indices_ref, x_ref, turned_ref, *, k):

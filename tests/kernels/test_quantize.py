@@ -116,6 +116,27 @@ def test_programs_for_tpus_have_the_kernels():
   batched(x, x, jax.random.split(KEY))
 
 
+@pytest.mark.parametrize('manual', [{'data'}, {'data', 'model'}])
+def test_kernels_are_for_regions_that_are_manual_over_all(manual):
+  # The partitioner does not cut kernels up.
+  mesh = jax.make_mesh(
+    (2, 2), ('data', 'model'), axis_types=2 * (jax.sharding.AxisType.Auto,)
+  )
+  rows = jax.sharding.PartitionSpec('data')
+
+  def program(x):
+    words, scale = api.quantize(x, 'int8')
+    return api.dequantize(words, scale, 'int8', 512)
+
+  mapped = jax.shard_map(
+    program, mesh=mesh, in_specs=rows, out_specs=rows, axis_names=manual
+  )
+  x = jax.ShapeDtypeStruct((32, 512), jnp.float32)
+  exported = jax.export.export(jax.jit(mapped), platforms=['tpu'])(x)
+  kernels = exported.mlir_module().count('tpu_custom_call')
+  assert kernels == (2 if len(manual) == 2 else 0)
+
+
 @pytest.mark.parametrize('format', FORMATS)
 def test_levels_decode_to_themselves(format):
   code = FORMATS[format]

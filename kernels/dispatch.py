@@ -15,10 +15,13 @@ class Form:
     function: takes arrays, then static options by keyword.
     platforms: where it runs, such as ``('tpu',)`` or ``('cuda',)``; ``None``
       means everywhere.
+    unsupported: takes what ``function`` takes and says what it would need
+      instead, or ``None`` if it takes these; without it, it takes everything.
   """
 
   function: Callable[..., Any]
   platforms: tuple[str, ...] | None = None
+  unsupported: Callable[..., str | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Op:
     """Runs the named implementation, or the one for the platform.
 
     The platform is the one that the program is lowered for, so a program that
-    is compiled for an absent TPU gets the TPU's form.
+    is compiled for an absent TPU gets the TPU's form, if that takes these
+    arrays and options.
 
     Args:
       *arrays: arguments that are arrays, or pytrees of them.
@@ -50,17 +54,23 @@ class Op:
 
     Raises:
       ValueError: if no implementation has this name.
-      NotImplementedError: if the named one does not run on the platform; raised
-        by JAX when the program is lowered.
+      NotImplementedError: if the named one does not take these arguments, or
+        does not run on the platform (raised by JAX when the program is
+        lowered), or if a gradient is asked for.
     """
     if implementation not in (None, *self.forms):
       raise ValueError(
         f'implementation of {self.name} must be one of '
         f'{", ".join(map(repr, self.forms))} or None, got {implementation!r}.'
       )
-    forms = self.forms.values()
+    forms = list(self.forms.values())
     if implementation is not None:
       forms = [self.forms[implementation]]
+      needs = _unsupported(forms[0], arrays, options)
+      if needs is not None:
+        raise NotImplementedError(
+          f'implementation {implementation!r} of {self.name} needs {needs}.'
+        )
 
     def bound(form):
       return lambda *arrays: form.function(*arrays, **options)
@@ -68,8 +78,28 @@ class Op:
     branches = {
       platform: bound(form)
       for form in forms
+      if _unsupported(form, arrays, options) is None
       for platform in form.platforms or ['default']
     }
-    if list(branches) == ['default']:
-      return branches['default'](*arrays)
-    return jax.lax.platform_dependent(*arrays, **branches)
+
+    @jax.custom_jvp
+    def run(*arrays):
+      if list(branches) == ['default']:
+        return branches['default'](*arrays)
+      return jax.lax.platform_dependent(*arrays, **branches)
+
+    @run.defjvp
+    def refuse(primals, tangents):
+      del primals, tangents
+      raise NotImplementedError(
+        f'{self.name} has no gradient. Differentiate before it, or wrap it in '
+        f'jax.lax.stop_gradient.'
+      )
+
+    return run(*arrays)
+
+
+def _unsupported(form, arrays, options):
+  if form.unsupported is None:
+    return None
+  return form.unsupported(*arrays, **options)

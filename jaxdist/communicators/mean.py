@@ -277,10 +277,8 @@ def _add_to_chunk(x, rows, axis, workers):
 
 def _decoded_mean(code, words, like):
   """The mean of what each row of gathered words decodes to."""
-  decode = lambda w: code.decode(codes.payload_from_words(w, like))
-  add = lambda total, w: (total + decode(w), None)
-  total, _ = jax.lax.scan(add, decode(words[0]), words[1:])
-  return total / words.shape[0]
+  unpack = jax.vmap(lambda w: codes.payload_from_words(w, like))
+  return code.decode_mean(unpack(words))
 
 
 def _two_shot_mean(code, payload, like, axis, workers, kept, key):
@@ -289,11 +287,10 @@ def _two_shot_mean(code, payload, like, axis, workers, kept, key):
   chunks = words.reshape(workers, -1, words.shape[1])
   chunks = collectives.all_to_all(chunks, axis)  # the wire, first round
   chunk = _decoded_mean(code, chunks, like)
-  if kept is not None:
-    chunk += kept
-  encoded = code.encode(chunk, key)
-  if kept is not None:
-    kept = chunk - code.decode(encoded)
+  if kept is None:
+    encoded = code.encode(chunk, key)
+  else:
+    encoded, kept = code.encode_with_feedback(chunk, kept, key)
   words = codes.payload_words(encoded)
   words = collectives.all_gather(words, axis)  # the wire, second round
   result = code.decode(

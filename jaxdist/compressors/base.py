@@ -66,6 +66,8 @@ class Compressor:
     seeded: for codes that need randomness shared by all workers (which
       coordinates, which rotation): makes the code for one key. ``encode`` and
       ``decode`` of the code itself then raise.
+    fused_feedback: :meth:`encode_with_feedback` in one pass over memory.
+    fused_mean: :meth:`decode_mean` in one pass over memory.
   """
 
   name: str
@@ -76,10 +78,35 @@ class Compressor:
   unbiased: bool = False
   linear: bool = False
   seeded: Callable[[Key[Array, '']], 'Compressor'] | None = None
+  fused_feedback: Callable[..., tuple[Payload, Array]] | None = None
+  fused_mean: Callable[[Payload], Float[Array, 'blocks size']] | None = None
 
   def at(self, shared_key: Key[Array, '']) -> 'Compressor':
     """This code with its shared randomness drawn from a key that all share."""
     return self if self.seeded is None else self.seeded(shared_key)
+
+  def encode_with_feedback(
+    self,
+    x: Float[Array, 'blocks size'],
+    residual: Float[Array, 'blocks size'],
+    key: Key[Array, ''],
+  ) -> tuple[Payload, Float[Array, 'blocks size']]:
+    """The payload of ``x + residual``, and what it drops of that."""
+    if self.fused_feedback is not None:
+      return self.fused_feedback(x, residual, key)
+    target = x + residual
+    payload = self.encode(target, key)
+    return payload, target - self.decode(payload)
+
+  def decode_mean(self, payloads: Payload) -> Float[Array, 'blocks size']:
+    """The mean of what payloads, stacked along a first axis, decode to."""
+    if self.fused_mean is not None:
+      return self.fused_mean(payloads)
+    first = jax.tree.map(lambda leaf: leaf[0], payloads)
+    others = jax.tree.map(lambda leaf: leaf[1:], payloads)
+    add = lambda total, payload: (total + self.decode(payload), None)
+    total, _ = jax.lax.scan(add, self.decode(first), others)
+    return total / jax.tree.leaves(payloads)[0].shape[0]
 
   def __repr__(self) -> str:
     return self.name

@@ -2,18 +2,9 @@
 
 import math
 
-import jax
-import jax.numpy as jnp
-
-from jaxdist.compressors.base import Compressor, Packed
+from jaxdist.compressors.base import Compressor
 from jaxdist.compressors.checks import call, check_block_size
-from jaxdist.compressors.quantize import Scaled
-from jaxdist.kernels.numbers import largest_magnitude, relative
-
-# Added to a float's bits, carries into the exponent if the mantissa is above
-# the square root of two: the exponent is then the rounded binary logarithm.
-# 0x3504F4 is the first mantissa above it.
-ROUND_LOG = 0x800000 - 0x3504F4
+from jaxdist.compressors.quantize import codec
 
 
 def float4(*, block_size: int = 1024) -> Compressor:
@@ -58,25 +49,9 @@ def float4(*, block_size: int = 1024) -> Compressor:
   """
   block_size = check_block_size(block_size)
 
-  def encode(x, key):
-    del key
-    scale = largest_magnitude(x)
-    bits = jax.lax.bitcast_convert_type(relative(jnp.abs(x), scale), jnp.int32)
-    exponent = ((bits + ROUND_LOG) >> 23) - 127
-    codes = jnp.clip(exponent + 7, 0, 7) + 8 * (x < 0)
-    return Scaled(Packed.pack(codes.astype(jnp.uint32), 4), scale)
-
-  def decode(payload):
-    codes = payload.codes.unpack().astype(jnp.int32)
-    exponent = (codes & 7) - 7
-    power = jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
-    magnitude = jnp.where(codes & 7, power, 0.0) * payload.scale
-    return jnp.where(codes & 8, -magnitude, magnitude)
-
   return Compressor(
     name=call('float4', block_size=block_size),
-    encode=encode,
-    decode=decode,
+    **codec('e3m0', 4),
     block_size=block_size,
     contraction=min(
       2 * math.sqrt(2) - 2, 1 / (1 + (block_size - 1) * 2.0**-13)

@@ -1,12 +1,8 @@
 """Eight-bit floats with a scale for each block."""
 
-import jax
-import jax.numpy as jnp
-
-from jaxdist.compressors.base import Compressor, Packed
+from jaxdist.compressors.base import Compressor
 from jaxdist.compressors.checks import call, check_block_size
-from jaxdist.compressors.quantize import Scaled
-from jaxdist.kernels.numbers import TINY, largest_magnitude
+from jaxdist.compressors.quantize import codec
 
 LARGEST = 448.0  # Of float8_e4m3fn.
 
@@ -48,22 +44,9 @@ def float8(*, block_size: int = 1024) -> Compressor:
   """
   block_size = check_block_size(block_size)
 
-  def encode(x, key):
-    del key
-    scale = jnp.maximum(largest_magnitude(x) / LARGEST, TINY)
-    codes = (x / scale).astype(jnp.float8_e4m3fn)
-    codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
-    return Scaled(Packed.pack(codes.astype(jnp.uint32), 8), scale)
-
-  def decode(payload):
-    codes = payload.codes.unpack().astype(jnp.uint8)
-    codes = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
-    return codes.astype(jnp.float32) * payload.scale
-
   return Compressor(
     name=call('float8', block_size=block_size),
-    encode=encode,
-    decode=decode,
+    **codec('e4m3', 8),
     block_size=block_size,
     contraction=min(
       1 - 17.0**-2, 1 / (1 + (block_size - 1) * (2.0**-10 / LARGEST) ** 2)

@@ -1,7 +1,7 @@
 """Rounding to a uniform grid of 8, 4 or 2 bits, scaled for each block."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float32
 
@@ -25,6 +25,49 @@ class Scaled(NamedTuple):
 
   codes: Packed
   scale: Float32[Array, 'blocks 1']
+
+
+def codec(
+  format: str, bits: int, *, stochastic: bool = False
+) -> dict[str, Any]:
+  """The functions of a :class:`Compressor` that writes ``Scaled`` payloads.
+
+  Args:
+    format: see :func:`jaxdist.kernels.quantize.api.quantize`.
+    bits: of the format.
+    stochastic: whether to round at random.
+
+  Returns:
+    Arguments of :class:`Compressor`.
+  """
+
+  def own(key):
+    return key if stochastic else None
+
+  def encode(x, key):
+    words, scale = quantization.quantize(x, format, key=own(key))
+    return Scaled(Packed(words, bits, x.shape[1]), scale)
+
+  def decode(payload):
+    codes, scale = payload
+    return quantization.dequantize(codes.words, scale, format, codes.count)
+
+  def fused_feedback(x, residual, key):
+    words, scale, residual = quantization.quantize_with_feedback(
+      x, residual, format, key=own(key)
+    )
+    return Scaled(Packed(words, bits, x.shape[1]), scale), residual
+
+  def fused_mean(payloads):
+    codes, scale = payloads
+    return quantization.dequantize_mean(codes.words, scale, format, codes.count)
+
+  return {
+    'encode': encode,
+    'decode': decode,
+    'fused_feedback': fused_feedback,
+    'fused_mean': fused_mean,
+  }
 
 
 def stochastic_contraction(levels: int, block_size: int) -> float:
@@ -112,21 +155,10 @@ def quantize(
   check_flag('stochastic', stochastic)
   block_size = check_block_size(block_size)
 
-  def encode(x, key):
-    words, scale = quantization.quantize(
-      x, bits, key=key if stochastic else None
-    )
-    return Scaled(Packed(words, bits, x.shape[1]), scale)
-
-  def decode(payload):
-    codes, scale = payload
-    return quantization.dequantize(codes.words, scale, bits, codes.count)
-
   options = {'stochastic': True} if stochastic else {}
   return Compressor(
     name=call('quantize', bits=bits, **options, block_size=block_size),
-    encode=encode,
-    decode=decode,
+    **codec(f'int{bits}', bits, stochastic=stochastic),
     block_size=block_size,
     contraction=_contraction(bits, stochastic, block_size),
     unbiased=stochastic,

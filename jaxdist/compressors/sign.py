@@ -1,9 +1,8 @@
 """One bit a number: its sign, times the block's mean magnitude."""
 
-from jaxdist.compressors.base import Compressor, Packed
+from jaxdist.compressors.base import Compressor
 from jaxdist.compressors.checks import call, check_block_size
-from jaxdist.compressors.quantize import Scaled
-from jaxdist.kernels.sign import api as signs
+from jaxdist.compressors.quantize import codec
 
 
 def sign(*, block_size: int = 1024) -> Compressor:
@@ -45,19 +44,9 @@ def sign(*, block_size: int = 1024) -> Compressor:
   """
   block_size = check_block_size(block_size)
 
-  def encode(x, key):
-    del key
-    words, scale = signs.sign(x)
-    return Scaled(Packed(words, 1, x.shape[1]), scale)
-
-  def decode(payload):
-    codes, scale = payload
-    return signs.unsign(codes.words, scale, codes.count)
-
   return Compressor(
     name=call('sign', block_size=block_size),
-    encode=encode,
-    decode=decode,
+    **codec('sign', 1),
     block_size=block_size,
     contraction=1 / block_size,
   )

@@ -82,6 +82,21 @@ def _decode(payload: Sparse) -> Float32[Array, 'blocks size']:
   return selection.scatter(values, indices, payload.size)
 
 
+def _fused_feedback(x, residual, k: int):
+  kept, indices, residual = selection.top_k_with_feedback(x, residual, k)
+  size = x.shape[1]
+  packed = Packed.pack(indices, index_bits(size))
+  return Sparse(values=kept, indices=packed, size=size), residual
+
+
+def _fused_mean(payloads: Sparse) -> Float32[Array, 'blocks size']:
+  values = payloads.values
+  if isinstance(values, Packed):
+    values = jax.vmap(from_bfloat16)(values)
+  indices = jax.vmap(Packed.unpack)(payloads.indices)
+  return selection.scatter_mean(values, indices, payloads.size)
+
+
 def _contraction(kept: float, values: str) -> float:
   return kept * (1 - BF16_ERROR**2) if values == 'bfloat16' else kept
 
@@ -135,11 +150,18 @@ def top_k(
   density = check_density(density)
   block_size = check_block_size(block_size)
   check_one_of('values', values, ('float32', 'bfloat16'))
+
+  def fused_feedback(x, residual, key):
+    del key
+    return _fused_feedback(x, residual, num_kept(density, x.shape[1]))
+
   options = {'values': values} if values != 'float32' else {}
   return Compressor(
     name=call('top_k', density, **options, block_size=block_size),
     encode=lambda x, key: _encode(x, num_kept(density, x.shape[1]), values),
     decode=_decode,
+    fused_feedback=fused_feedback if values == 'float32' else None,
+    fused_mean=_fused_mean,
     block_size=block_size,
     contraction=_contraction(
       num_kept(density, block_size) / block_size, values

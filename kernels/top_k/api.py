@@ -1,14 +1,30 @@
 """Picks the largest numbers of each row, and puts them back."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt32
 
-from jaxdist.kernels.checks import check_between, check_rows
+from jaxdist.kernels.checks import check_between, check_rows, check_shape
 from jaxdist.kernels.dispatch import Form, Op
-from jaxdist.kernels.top_k import reference
+from jaxdist.kernels.top_k import reference, tpu
 
-_top_k = Op('top_k', {'xla': Form(reference.top_k)})
-_scatter = Op('scatter', {'xla': Form(reference.scatter)})
+
+def _op(name, cannot, *static):
+  # Traced once for each shape, also where another form runs: kernels are long.
+  kernel = jax.jit(getattr(tpu, name), static_argnames=static)
+  return Op(
+    name,
+    {
+      'xla': Form(getattr(reference, name)),
+      'tpu': Form(kernel, ('tpu',), cannot),
+    },
+  )
+
+
+_top_k = _op('top_k', tpu.cannot_select, 'k')
+_with_feedback = _op('top_k_with_feedback', tpu.cannot_select, 'k')
+_scatter = _op('scatter', tpu.cannot_scatter, 'size')
+_scatter_mean = _op('scatter_mean', tpu.cannot_scatter, 'size')
 
 
 def top_k(
@@ -28,7 +44,8 @@ def top_k(
     implementation: see :class:`jaxdist.kernels.dispatch.Op`.
 
   Returns:
-    The numbers, largest magnitude first, and their places in the row.
+    The numbers and their places in the row, in an order that differs between
+    implementations.
 
   Examples:
     >>> top_k(jnp.array([[1., -3., 2., 0.]]), 2)
@@ -37,6 +54,39 @@ def top_k(
   check_rows('x', x, jnp.float32)
   check_between('k', k, 1, x.shape[1])
   return _top_k(x, k=k, implementation=implementation)
+
+
+def top_k_with_feedback(
+  x: Float32[Array, 'rows size'],
+  residual: Float32[Array, 'rows size'],
+  k: int,
+  *,
+  implementation: str | None = None,
+) -> tuple[
+  Float32[Array, 'rows k'], UInt32[Array, 'rows k'], Float32[Array, 'rows size']
+]:
+  """Selects of what is new and what was left before, in one pass over memory.
+
+  Args:
+    x: rows of numbers.
+    residual: what was left of the rows before.
+    k: how many to take of each row.
+    implementation: see :class:`jaxdist.kernels.dispatch.Op`.
+
+  Returns:
+    What :func:`top_k` returns for ``x + residual``, and that sum with zeros
+    where a number was taken.
+
+  Examples:
+    >>> x = jnp.array([[1., -3., 2., 0.]])
+    >>> top_k_with_feedback(x, jnp.zeros((1, 4)), 2)[2]
+    Array([[1., 0., 0., 0.]], dtype=float32)
+  """
+  check_rows('x', x, jnp.float32)
+  check_rows('residual', residual, jnp.float32)
+  check_shape('residual', residual, x.shape)
+  check_between('k', k, 1, x.shape[1])
+  return _with_feedback(x, residual, k=k, implementation=implementation)
 
 
 def scatter(
@@ -64,3 +114,33 @@ def scatter(
   check_rows('values', values, jnp.float32)
   check_rows('indices', indices, jnp.uint32)
   return _scatter(values, indices, size=size, implementation=implementation)
+
+
+def scatter_mean(
+  values: Float32[Array, 'n rows k'],
+  indices: UInt32[Array, 'n rows k'],
+  size: int,
+  *,
+  implementation: str | None = None,
+) -> Float32[Array, 'rows size']:
+  """The mean over ``n`` workers of what :func:`scatter` makes of theirs.
+
+  Args:
+    values: numbers of each worker.
+    indices: their places, different within a row.
+    size: length of a row of the result.
+    implementation: see :class:`jaxdist.kernels.dispatch.Op`.
+
+  Returns:
+    The mean; float32 sums, in the workers' order.
+
+  Examples:
+    >>> values = jnp.array([[[5.]], [[3.]]])
+    >>> scatter_mean(values, jnp.array([[[3]], [[0]]], jnp.uint32), 4)
+    Array([[1.5, 0. , 0. , 2.5]], dtype=float32)
+  """
+  check_rows('values', values, jnp.float32, ndim=3)
+  check_rows('indices', indices, jnp.uint32, ndim=3)
+  return _scatter_mean(
+    values, indices, size=size, implementation=implementation
+  )

@@ -29,3 +29,33 @@ def scatter(
     return zeros.at[indices].set(values, mode='drop', unique_indices=True)
 
   return jax.vmap(place)(values, indices)
+
+
+def top_k_with_feedback(
+  x: Float32[Array, 'rows size'],
+  residual: Float32[Array, 'rows size'],
+  *,
+  k: int,
+) -> tuple[
+  Float32[Array, 'rows k'], UInt32[Array, 'rows k'], Float32[Array, 'rows size']
+]:
+  """Selects of ``x + residual``, and says what is left."""
+  target = x + residual
+  values, indices = top_k(target, k=k)
+  sent = scatter(jnp.ones_like(values), indices, size=x.shape[1])
+  return values, indices, jnp.where(sent > 0, 0.0, target)
+
+
+def scatter_mean(
+  values: Float32[Array, 'n rows k'],
+  indices: UInt32[Array, 'n rows k'],
+  *,
+  size: int,
+) -> Float32[Array, 'rows size']:
+  """The mean over workers of rows of zeros with their values in place."""
+  total, _ = jax.lax.scan(
+    lambda total, one: (total + scatter(*one, size=size), None),
+    scatter(values[0], indices[0], size=size),
+    (values[1:], indices[1:]),
+  )
+  return total / values.shape[0]

@@ -13,7 +13,11 @@ scale = Op(
   {
     'xla': Form(lambda x, by: x * by),
     'elsewhere': Form(lambda x, by: x * by + 1, ('tpu',)),
-    'here': Form(lambda x, by: x * by + 2, ('cpu',)),
+    'here': Form(
+      lambda x, by: x * by + 2,
+      ('cpu',),
+      lambda x, by: 'one dimension' if x.ndim > 1 else None,
+    ),
   },
 )
 
@@ -46,6 +50,19 @@ def test_a_name_means_that_one(name, result):
 def test_a_name_means_that_one_or_an_error():
   with pytest.raises(NotImplementedError, match='cpu'):
     scale(jnp.ones(3), by=2, implementation='elsewhere')
+
+
+def test_a_form_that_cannot_take_the_arguments():
+  x = jnp.ones((3, 1))
+  np.testing.assert_array_equal(scale(x, by=2), 2 * x)
+  rule = "implementation 'here' of scale needs one dimension."
+  with pytest.raises(NotImplementedError, match=rule):
+    scale(x, by=2, implementation='here')
+
+
+def test_there_are_no_gradients():
+  with pytest.raises(NotImplementedError, match='scale has no gradient'):
+    jax.grad(lambda x: scale(x, by=2).sum())(jnp.ones(3))
 
 
 def test_unknown_names_are_listed():

@@ -7,7 +7,6 @@ import pytest
 
 from jaxdist.kernels.hadamard import api as rotation
 from jaxdist.kernels.hadamard import reference as hadamard
-from jaxdist.kernels.quantize import api as quantization
 from jaxdist.kernels.top_k import api as selection
 
 
@@ -74,5 +73,3 @@ def test_bad_arguments():
     ValueError, match=r'k must be an integer from 1 to 12.*13'
   ):
     selection.top_k(x, 13)
-  with pytest.raises(ValueError, match='bits must be 8, 4 or 2, got 3'):
-    quantization.quantize(x, 3)

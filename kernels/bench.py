@@ -1,0 +1,259 @@
+"""How fast the operations are.
+
+``python -m jaxdist.kernels.bench --tpu v5e`` reads the time of each kernel for
+TPUs from its schedule, on a machine without one: bundles, the time that they
+take, the time that memory takes, and the ratio. Below 1 memory is the limit.
+
+``python -m jaxdist.kernels.bench`` times what this machine runs. Each time is
+the median of runs that take turns with a copy of the rows, which moves 8 bytes
+a number; torch's top-k of the same rows stands beside it where torch is
+installed.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdist.kernels import schedule
+from jaxdist.kernels.pack.api import num_words
+from jaxdist.kernels.quantize import api as quantization
+from jaxdist.kernels.quantize.formats import FORMATS
+from jaxdist.kernels.top_k import api as selection
+
+NUMBERS = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """An operation on arrays of one shape.
+
+  Attributes:
+    op: its name and static arguments.
+    shape: of the rows.
+    function: calls it.
+    arrays: shapes and dtypes of what it takes.
+  """
+
+  op: str
+  shape: tuple[int, int]
+  function: Callable[..., Any]
+  arrays: tuple[jax.ShapeDtypeStruct, ...]
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes read once and written once: all arguments and results."""
+    results = jax.eval_shape(self.function, *self.arrays)
+    leaves = jax.tree.leaves((self.arrays, results))
+    return sum(
+      math.prod(x.shape) * x.dtype.itemsize
+      for x in leaves
+      if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+
+
+def floats(*shape: int) -> jax.ShapeDtypeStruct:
+  """A shape of float32 numbers."""
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def quantize_cases(
+  implementation: str | None, size: int = 1024
+) -> Iterator[Case]:
+  """Quantization in all formats, with feedback, and the mean of payloads."""
+  rows = NUMBERS // size
+  x, options = floats(rows, size), {'implementation': implementation}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  for name, code in FORMATS.items():
+    for random in [False, True][: 1 + code.stochastic]:
+
+      def encode(x, key, name=name, random=random):
+        own = key if random else None
+        return quantization.quantize(x, name, key=own, **options)
+
+      def feed_back(x, residual, key, name=name, random=random):
+        own = key if random else None
+        return quantization.quantize_with_feedback(
+          x, residual, name, key=own, **options
+        )
+
+      label = f'{name}, stochastic' if random else name
+      yield Case(f'quantize {label}', x.shape, encode, (x, key))
+      yield Case(f'with feedback {label}', x.shape, feed_back, (x, x, key))
+    for workers in (1, 2, 8):
+
+      def mean(words, scale, name=name):
+        return quantization.dequantize_mean(words, scale, name, size, **options)
+
+      words = (workers, rows, num_words(size, code.bits))
+      arrays = jax.ShapeDtypeStruct(words, jnp.uint32), floats(workers, rows, 1)
+      yield Case(f'mean of {workers} {name}', x.shape, mean, arrays)
+
+
+def top_k_cases(implementation: str | None, size: int = 1024) -> Iterator[Case]:
+  """Selection with feedback and without, and the mean of payloads."""
+  rows = NUMBERS // size
+  x, options = floats(rows, size), {'implementation': implementation}
+  for k in (1, 10, 16, 51):
+    select = functools.partial(selection.top_k, k=k, **options)
+    feed_back = functools.partial(selection.top_k_with_feedback, k=k, **options)
+    yield Case(f'top-{k}', x.shape, select, (x,))
+    yield Case(f'with feedback top-{k}', x.shape, feed_back, (x, x))
+    for workers in (1, 2, 8):
+      mean = functools.partial(selection.scatter_mean, size=size, **options)
+      values = floats(workers, rows, k)
+      arrays = values, jax.ShapeDtypeStruct(values.shape, jnp.uint32)
+      yield Case(f'mean of {workers} top-{k}', x.shape, mean, arrays)
+
+
+def cases(implementation: str | None) -> Iterator[Case]:
+  """All operations."""
+  yield from quantize_cases(implementation)
+  yield from top_k_cases(implementation)
+
+
+def tpu_table(generation: str, only: str) -> list[dict[str, Any]]:
+  """A row for each kernel: its schedule against its bytes."""
+  chip, folder = schedule.CHIPS[generation], schedule.prepare()
+  table = []
+  for case in cases('tpu'):
+    if only not in case.op:
+      continue
+    count = schedule.bundles(folder, chip, case.function, *case.arrays)
+    compute = count / chip.clock
+    memory = case.num_bytes / chip.bandwidth
+    row = {
+      'op': case.op,
+      'shape': case.shape,
+      'bundles': count,
+      'bytes': case.num_bytes,
+      'compute_us': compute * 1e6,
+      'memory_us': memory * 1e6,
+      'ratio': compute / memory,
+    }
+    table.append(row)
+    print(
+      f'{row["op"]:34} {"x".join(map(str, row["shape"])):>12} '
+      f'{count:>10,} {row["compute_us"]:>10.1f} {row["memory_us"]:>10.1f} '
+      f'{row["ratio"]:>6.2f}',
+      flush=True,
+    )
+  return table
+
+
+def _run(function: Callable[..., Any], *arrays: jax.Array) -> None:
+  jax.block_until_ready(function(*arrays))
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+  start = time.perf_counter()
+  function()
+  return time.perf_counter() - start
+
+
+def _drawn(array: jax.ShapeDtypeStruct, limit: int) -> jax.Array:
+  """Numbers for an argument; integers are places in a row, or codes."""
+  key = jax.random.key(0)
+  if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+    return key
+  if array.dtype == jnp.uint32:
+    # Different within a row, for those that are places.
+    column = jax.lax.broadcasted_iota(jnp.uint32, array.shape, 2)
+    return column * jnp.uint32(limit // array.shape[2])
+  return jax.random.normal(key, array.shape, array.dtype)
+
+
+def _torch_top_k(case: Case) -> Callable[[], Any] | None:
+  """The same selection by torch, if it is one and torch is there."""
+  if (
+    not case.op.startswith('top-') or importlib.util.find_spec('torch') is None
+  ):
+    return None
+  import torch
+
+  k = int(case.op.removeprefix('top-'))
+  x = torch.randn(case.shape)
+
+  def run():
+    return x.gather(1, x.abs().topk(k, dim=1).indices)
+
+  return run
+
+
+def timed_table(only: str, repeats: int) -> list[dict[str, Any]]:
+  """A row for each operation: its time on this machine beside a copy's."""
+  table = []
+  for case in cases(None):
+    if only not in case.op:
+      continue
+    arrays = [_drawn(array, case.shape[1]) for array in case.arrays]
+    compiled = jax.jit(case.function).lower(*arrays).compile()
+    x = jnp.ones(case.shape)
+    copy = jax.jit(jnp.copy).lower(x).compile()
+    runs = {
+      'ms': functools.partial(_run, compiled, *arrays),
+      'copy_ms': functools.partial(_run, copy, x),
+    }
+    peer = _torch_top_k(case)
+    if peer is not None:
+      runs['torch_ms'] = peer
+    times = {name: [] for name in runs}
+    for _ in range(repeats + 1):  # The first round warms up.
+      for name, run in runs.items():
+        times[name].append(1e3 * _seconds(run))
+    row = {'op': case.op, 'shape': case.shape, 'bytes': case.num_bytes}
+    row |= {name: statistics.median(all_[1:]) for name, all_ in times.items()}
+    row['gb_per_s'] = case.num_bytes / row['ms'] / 1e6
+    row['of_copy_rate'] = (
+      row['gb_per_s'] * row['copy_ms'] * 1e6 / (8 * math.prod(case.shape))
+    )
+    table.append(row)
+    print(
+      f'{row["op"]:34} {"x".join(map(str, row["shape"])):>12} '
+      f'{row["bytes"]:>13,} {row["ms"]:>8.1f} {row["copy_ms"]:>8.1f} '
+      f'{row.get("torch_ms", math.nan):>8.1f} {row["gb_per_s"]:>6.1f} '
+      f'{row["of_copy_rate"]:>6.2f}',
+      flush=True,
+    )
+  return table
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Prints the table, and writes it."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--tpu', choices=schedule.CHIPS, help='read schedules')
+  parser.add_argument(
+    '--only', default='', help='operations with this in their names'
+  )
+  parser.add_argument('--repeats', type=int, default=7, help='of timed runs')
+  parser.add_argument('--json', type=pathlib.Path, help='also write it there')
+  options = parser.parse_args(argv)
+  if options.tpu:
+    print(
+      f'{"op":34} {"shape":>12} {"bundles":>10} {"compute us":>10} '
+      f'{"memory us":>10} {"ratio":>6}'
+    )
+    table = tpu_table(options.tpu, options.only)
+  else:
+    print(
+      f'{"op":34} {"shape":>12} {"bytes":>13} {"ms":>8} {"copy ms":>8} '
+      f'{"torch ms":>8} {"GB/s":>6} {"share":>6}'
+    )
+    table = timed_table(options.only, options.repeats)
+  if options.json:
+    options.json.write_text(json.dumps(table, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

@@ -1,1 +1,0 @@
-"""Signs and mean magnitude of rows."""

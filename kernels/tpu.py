@@ -1,0 +1,79 @@
+"""What the kernels for TPUs share."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from jaxdist import compat
+
+LANES = 128  # Numbers in a row of a vector register.
+SUBLANES = 8  # Rows of a vector register of 32-bit numbers.
+
+
+def result(
+  shape: Sequence[int], dtype: Any, *arrays: Any
+) -> jax.ShapeDtypeStruct:
+  """What a kernel returns that is computed from ``arrays``.
+
+  In a manual region the type also says over which axes the result varies.
+  """
+  axes = frozenset().union(*map(compat.varying_axes, jax.tree.leaves(arrays)))
+  varies = jax.sharding.ManualAxisType(varying=axes)
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varies)
+
+
+def cannot_partition() -> str | None:
+  """What a kernel would need of the region that it is called in, or ``None``.
+
+  The partitioner does not cut kernels up: of a mesh all axes must be manual.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+  left = [
+    name
+    for name, size in sizes.items()
+    if size > 1 and name not in mesh.manual_axes
+  ]
+  return f'a region that is manual over {left} too' if left else None
+
+
+def transposed_columns(x: Array) -> Array:
+  """Columns ``(128, 1)``, repeated along lanes, as rows ``(1, 128)``."""
+  return x.T[:1]
+
+
+def transposed_rows(x: Array) -> Array:
+  """Rows ``(1, 128)`` as columns, repeated along lanes: ``(128, 128)``."""
+  return jnp.broadcast_to(x, (LANES, LANES)).T
+
+
+def spread(x: Array, width: int) -> Array:
+  """Combines by ``or`` the groups of ``width`` lanes; all get the result."""
+  shift = LANES // 2
+  while shift >= width:
+    x = x | pltpu.roll(x, shift, 1)
+    shift //= 2
+  return x
+
+
+def lane_group(shape: tuple[int, int], width: int) -> Array:
+  """Which group of ``width`` lanes each lane is in."""
+  lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+  return lane >> int(math.log2(width))
+
+
+def gathers_sublanes() -> bool:
+  """Whether the chip can gather along sublanes; all since v5 can.
+
+  The chip is that of the mesh in a manual region, else this machine's.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None and jax.default_backend() == 'tpu':
+    device = jax.devices()[0]
+  kind = getattr(device, 'device_kind', '')
+  return not kind.startswith(('TPU v2', 'TPU v3', 'TPU v4'))

@@ -1,0 +1,116 @@
+"""Selection: the TPU's networks against the definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from simulated import simulated
+
+from jaxdist.kernels.top_k import api, reference, tpu
+
+
+def hard_rows(rows, size):
+  """Many ties, and rows of all kinds."""
+  rng = np.random.default_rng(0)
+  x = np.round(4 * rng.standard_normal((rows, size))) / 4
+  x[0] = 0
+  x[1, 30] = 3e38
+  x[2] = np.where(x[2] > 0, 1, -1)
+  x[3, [5, 9]] = [np.nan, np.inf]
+  x[4] *= 1e-40
+  x[5] = -0.0
+  return jnp.asarray(x, jnp.float32)
+
+
+def by_place(values, indices):
+  order = np.argsort(indices, axis=1)
+  return [
+    np.take_along_axis(np.asarray(a), order, 1) for a in (values, indices)
+  ]
+
+
+@pytest.mark.parametrize('k', [1, 10])
+def test_tpu_form_is_the_definition(k):
+  x = hard_rows(131, 256)
+  values, indices = by_place(*simulated(tpu.top_k, x, k=k))
+  want_values, want_indices = by_place(*reference.top_k(x, k=k))
+  np.testing.assert_array_equal(indices, want_indices)
+  np.testing.assert_array_equal(
+    values.view(np.uint32), want_values.view(np.uint32)
+  )
+
+
+@pytest.mark.parametrize('gathers', [True, False])
+def test_feedback_on_tpu_keeps_what_is_not_taken(gathers, monkeypatch):
+  monkeypatch.setattr(tpu, 'gathers_sublanes', lambda: gathers)
+  x = hard_rows(7, 256)
+  residual = jnp.where(jnp.abs(x) > 1, 0, jnp.roll(x, 1, axis=1))
+  got = simulated(tpu.top_k_with_feedback, x, residual, k=3)
+  want = reference.top_k_with_feedback(x, residual, k=3)
+  for a, b in zip(by_place(*got[:2]), by_place(*want[:2]), strict=True):
+    np.testing.assert_array_equal(a, b)
+  np.testing.assert_array_equal(got[2], want[2])
+
+
+def test_mean_on_tpu_is_the_definition():
+  rng = np.random.default_rng(1)
+  x = rng.standard_normal((3, 130, 256)).astype(np.float32)
+  values, indices = jax.vmap(lambda x: reference.top_k(x, k=5))(x)
+  want = reference.scatter_mean(values, indices, size=256)
+  got = simulated(tpu.scatter_mean, values, indices, size=256)
+  np.testing.assert_array_equal(got, want)  # Two sums, in the same order.
+  one = simulated(tpu.scatter, values[0], indices[0], size=256)
+  np.testing.assert_array_equal(
+    one, reference.scatter(values[0], indices[0], size=256)
+  )
+
+
+@pytest.mark.parametrize('length', [1, 2, 4, 16, 64])
+def test_networks_sort(length):
+  # By the principle of zeros and ones: what sorts all of these sorts all.
+  n = min(2**length, 512)
+  rng = np.random.default_rng(length)
+  columns = (
+    rng.integers(0, 2, (n, length))
+    if length > 9
+    else (np.arange(n)[:, None] >> np.arange(length) & 1)
+  )
+  items = [jnp.asarray(c) for c in columns.T]
+  expected = -np.sort(-columns, axis=1)
+  np.testing.assert_array_equal(np.stack(tpu._sorted(items), 1), expected)
+  other = rng.integers(0, 2, columns.shape)
+  both = tpu._merged(
+    tpu._sorted(items), tpu._sorted([jnp.asarray(c) for c in other.T])
+  )
+  expected = -np.sort(-np.concatenate([columns, other], 1), axis=1)
+  np.testing.assert_array_equal(np.stack(both, 1), expected[:, :length])
+
+
+def test_feedback_is_what_is_left():
+  x, residual = jnp.array([[1.0, -3, 2, 0]]), jnp.array([[0.0, 0.5, 0, 4]])
+  values, indices, left = api.top_k_with_feedback(x, residual, 2)
+  np.testing.assert_array_equal(sorted(values[0].tolist()), [-2.5, 4])
+  np.testing.assert_array_equal(sorted(indices[0].tolist()), [1, 3])
+  np.testing.assert_array_equal(left, [[1, 0, 2, 0]])
+
+
+def test_programs_for_tpus_have_the_kernels():
+  def program(x, residual):
+    values, indices, residual = api.top_k_with_feedback(x, residual, 10)
+    mean = api.scatter_mean(values[None], indices[None], 1024)
+    return residual, mean
+
+  x = jax.ShapeDtypeStruct((2, 200, 1024), jnp.float32)
+  exported = jax.export.export(jax.jit(jax.vmap(program)), platforms=['tpu'])(
+    x, x
+  )
+  assert exported.mlir_module().count('tpu_custom_call') == 2
+
+
+def test_what_a_tpu_cannot_take():
+  with pytest.raises(NotImplementedError, match=r'multiple of 128.*not 200'):
+    api.top_k(jnp.zeros((2, 200)), 2, implementation='tpu')
+  with pytest.raises(NotImplementedError, match=r'k up to 64.* not 65 of 1024'):
+    api.top_k(jnp.zeros((2, 1024)), 65, implementation='tpu')
+  with pytest.raises(NotImplementedError, match=r'8 times .* not 33 of 256'):
+    api.top_k(jnp.zeros((2, 256)), 33, implementation='tpu')

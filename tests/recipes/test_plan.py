@@ -1,0 +1,114 @@
+"""The planner: its model trains, and its figures are those of the program."""
+
+import importlib.util
+import json
+import math
+
+import decoder
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plan
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+TINY = decoder.Size(256, 1, 2, 1, 256, 1024)
+needs_compiler = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None,
+  reason='needs the TPU compiler, libtpu, which is for Linux on x86-64 only',
+)
+
+
+def loss_and_grads(devices):
+  """Of a tiny decoder, cut over some devices of one worker."""
+  mesh = jax.make_mesh(
+    (1, devices),
+    (plan.WORKERS, decoder.AXIS),
+    (AxisType.Auto,) * 2,
+    devices=jax.devices()[:devices],
+  )
+  rng = np.random.default_rng(0)
+  shapes = decoder.param_shapes(TINY)
+  params = jax.tree.map(
+    lambda s: jnp.asarray(0.05 * rng.normal(size=s.shape), s.dtype), shapes
+  )
+  tokens = rng.integers(0, TINY.vocabulary, (4, 33)).astype(np.int32)
+  run = jax.jit(
+    jax.shard_map(
+      jax.value_and_grad(decoder.next_token_loss),
+      mesh=mesh,
+      in_specs=(P(), P(plan.WORKERS)),
+      out_specs=P(),
+      axis_names={plan.WORKERS},
+      check_vma=False,
+    )
+  )
+  place = lambda x, s: jax.device_put(x, jax.NamedSharding(mesh, s))
+  params = jax.tree.map(place, params, decoder.fsdp_specs(params))
+  return run(params, place(tokens, P(plan.WORKERS)))
+
+
+def test_cut_decoder_is_the_whole_one():
+  (loss, grads), (cut_loss, cut_grads) = map(loss_and_grads, (1, 4))
+  # Random logits of size 0.05 * 16 say little: nearly uniform.
+  assert abs(loss - math.log(TINY.vocabulary)) < 0.5
+  np.testing.assert_allclose(cut_loss, loss, rtol=1e-3)
+  for whole, cut in zip(*map(jax.tree.leaves, (grads, cut_grads)), strict=True):
+    size = np.linalg.norm(whole)
+    assert size > 0
+    # Products are in bfloat16, of eight bits, summed in another order.
+    assert np.linalg.norm(cut - whole) < 0.03 * size
+
+
+@needs_compiler
+def test_plan_of_a_tiny_pod(monkeypatch, tmp_path, capsys):
+  monkeypatch.setitem(decoder.SIZES, 'tiny', TINY)
+  plan.main(
+    plan.Config(
+      topology='v5e:2x2',
+      model='tiny',
+      method=('int8',),
+      batch=1,
+      length=128,
+      dcn_gbps=1.0,
+      out=tmp_path,
+    )
+  )
+  assert 'tiny on 2 x v5e:2x2' in capsys.readouterr().out
+  found = json.loads((tmp_path / 'plan.json').read_text())
+  dense, int8 = found['plans']
+  numbers = sum(
+    math.prod(x.shape) for x in jax.tree.leaves(decoder.param_shapes(TINY))
+  )
+  for each, times in ((dense, 1.0), (int8, 0.25)):
+    sent = each['bytes_by_link'][plan.DCN]
+    # A chip of four sends its share; vectors whole, scales, flag and tiles.
+    share = numbers * 4 * times / 4
+    assert share < sent < 1.1 * share + 32768
+    assert each['claimed'] == pytest.approx(sent, rel=0.1)
+    assert 0 < each['memory'] < 1e9
+  assert int8['seconds'] < dense['seconds']
+  assert int8['break_even'] > 1e9 / 8
+  # Two shots stay below twice the payload; a float32 sum likewise.
+  counts = {int(k): v for k, v in int8['by_slices'].items()}
+  assert counts[64] < 2 * counts[2]
+  page = (tmp_path / 'report.html').read_text()
+  assert page.count('<svg') == 2
+  assert page.count('data:image/png;base64') == 2
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'model': '2b'}, '--model must be one of 10m'),
+    ({'method': ('int9',)}, '--method must be of dense'),
+    ({'slices': 1}, '--slices must be at least 2, got 1'),
+    ({'dcn_gbps': 0.0}, '--dcn-gbps must be positive'),
+    ({'efficiency': 2.0}, r'--efficiency must be in'),
+    ({'length': 700}, '--length above 512 must be a multiple'),
+  ],
+)
+def test_plans_that_cannot_be(change, message):
+  with pytest.raises(ValueError, match=message):
+    plan.check(plan.Config(**change))

@@ -26,13 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdist.kernels import schedule
+from jaxdist.kernels import schedule, shapes
 from jaxdist.kernels.pack.api import num_words
 from jaxdist.kernels.quantize import api as quantization
 from jaxdist.kernels.quantize.formats import FORMATS
 from jaxdist.kernels.top_k import api as selection
-
-NUMBERS = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +66,9 @@ def floats(*shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def quantize_cases(
-  implementation: str | None, size: int = 1024
-) -> Iterator[Case]:
+def quantize_cases(implementation: str | None, size: int) -> Iterator[Case]:
   """Quantization in all formats, with feedback, and the mean of payloads."""
-  rows = NUMBERS // size
+  rows = shapes.NUMBERS // size
   x, options = floats(rows, size), {'implementation': implementation}
   key = jax.eval_shape(lambda: jax.random.key(0))
   for name, code in FORMATS.items():
@@ -91,7 +87,7 @@ def quantize_cases(
       label = f'{name}, stochastic' if random else name
       yield Case(f'quantize {label}', x.shape, encode, (x, key))
       yield Case(f'with feedback {label}', x.shape, feed_back, (x, x, key))
-    for workers in (1, 2, 8):
+    for workers in shapes.WORKERS:
 
       def mean(words, scale, name=name):
         return quantization.dequantize_mean(words, scale, name, size, **options)
@@ -101,35 +97,35 @@ def quantize_cases(
       yield Case(f'mean of {workers} {name}', x.shape, mean, arrays)
 
 
-def top_k_cases(implementation: str | None, size: int = 1024) -> Iterator[Case]:
+def top_k_cases(implementation: str | None, size: int) -> Iterator[Case]:
   """Selection with feedback and without, and the mean of payloads."""
-  rows = NUMBERS // size
+  rows = shapes.NUMBERS // size
   x, options = floats(rows, size), {'implementation': implementation}
-  for k in (1, 10, 16, 51):
+  for k in shapes.KEPT:
     select = functools.partial(selection.top_k, k=k, **options)
     feed_back = functools.partial(selection.top_k_with_feedback, k=k, **options)
     yield Case(f'top-{k}', x.shape, select, (x,))
     yield Case(f'with feedback top-{k}', x.shape, feed_back, (x, x))
-    for workers in (1, 2, 8):
+    for workers in shapes.WORKERS:
       mean = functools.partial(selection.scatter_mean, size=size, **options)
       values = floats(workers, rows, k)
       arrays = values, jax.ShapeDtypeStruct(values.shape, jnp.uint32)
       yield Case(f'mean of {workers} top-{k}', x.shape, mean, arrays)
 
 
-def cases(implementation: str | None) -> Iterator[Case]:
-  """All operations."""
-  yield from quantize_cases(implementation)
-  yield from top_k_cases(implementation)
+def cases(implementation: str | None, size: int, only: str) -> Iterator[Case]:
+  """The operations with ``only`` in their names, on rows of a size."""
+  for some in (quantize_cases, top_k_cases):
+    for case in some(implementation, size):
+      if only in case.op:
+        yield case
 
 
-def tpu_table(generation: str, only: str) -> list[dict[str, Any]]:
+def tpu_table(generation: str, size: int, only: str) -> list[dict[str, Any]]:
   """A row for each kernel: its schedule against its bytes."""
   chip, folder = schedule.CHIPS[generation], schedule.prepare()
   table = []
-  for case in cases('tpu'):
-    if only not in case.op:
-      continue
+  for case in cases('tpu', size, only):
     count = schedule.bundles(folder, chip, case.function, *case.arrays)
     compute = count / chip.clock
     memory = case.num_bytes / chip.bandwidth
@@ -191,12 +187,10 @@ def _torch_top_k(case: Case) -> Callable[[], Any] | None:
   return run
 
 
-def timed_table(only: str, repeats: int) -> list[dict[str, Any]]:
+def timed_table(size: int, only: str, repeats: int) -> list[dict[str, Any]]:
   """A row for each operation: its time on this machine beside a copy's."""
   table = []
-  for case in cases(None):
-    if only not in case.op:
-      continue
+  for case in cases(None, size, only):
     arrays = [_drawn(array, case.shape[1]) for array in case.arrays]
     compiled = jax.jit(case.function).lower(*arrays).compile()
     x = jnp.ones(case.shape)
@@ -236,6 +230,9 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument(
     '--only', default='', help='operations with this in their names'
   )
+  parser.add_argument(
+    '--size', type=int, choices=shapes.SIZES, default=1024, help='of a row'
+  )
   parser.add_argument('--repeats', type=int, default=7, help='of timed runs')
   parser.add_argument('--json', type=pathlib.Path, help='also write it there')
   options = parser.parse_args(argv)
@@ -244,13 +241,13 @@ def main(argv: list[str] | None = None) -> None:
       f'{"op":34} {"shape":>12} {"bundles":>10} {"compute us":>10} '
       f'{"memory us":>10} {"ratio":>6}'
     )
-    table = tpu_table(options.tpu, options.only)
+    table = tpu_table(options.tpu, options.size, options.only)
   else:
     print(
       f'{"op":34} {"shape":>12} {"bytes":>13} {"ms":>8} {"copy ms":>8} '
       f'{"torch ms":>8} {"GB/s":>6} {"share":>6}'
     )
-    table = timed_table(options.only, options.repeats)
+    table = timed_table(options.size, options.only, options.repeats)
   if options.json:
     options.json.write_text(json.dumps(table, indent=1) + '\n')
 

@@ -13,6 +13,7 @@ import jaxdist as jd
 from jaxdist.communicators import buckets
 from jaxdist.communicators.delayed import DelayedState
 from jaxdist.communicators.mean import MeanState
+from jaxdist.communicators.staged import StagedState
 
 EXACT = {
   'identity': jd.identity(block_size=128),
@@ -54,6 +55,8 @@ def held_back(state, tree, bucket_size=None):
   if isinstance(state, DelayedState):
     pending = jax.tree.map(lambda x: x.mean(0), state.pending.value)
     return flat(pending) + held_back(state.communicator, tree)
+  if isinstance(state, StagedState):
+    return sum(held_back(stage, tree) for stage in state.states)
   if isinstance(state, dict):  # partition
     owed = jax.tree.map(np.zeros_like, tree)
     for label, part in state.items():

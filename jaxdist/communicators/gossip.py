@@ -102,6 +102,7 @@ def gossip(
   if topology not in topologies:
     raise ValueError(f'topology must be one of {topologies}, got {topology!r}.')
   checks.check_fraction('mixing', mixing)
+  is_average = not isinstance(mixing, jax.core.Tracer) and mixing == 1
   seed = checks.seed(seed)
   if topology == 'random_pairs' and compressor is not None:
     raise ValueError(
@@ -150,7 +151,7 @@ def gossip(
         received = jax.lax.ppermute(words, axis, permutation)  # the wire
         heard = heard + shared.decode(codes.payload_from_words(received, like))
       count = len(permutations)
-      if compressor is None and mixing == 1:
+      if compressor is None and is_average:
         # The same bits for both of a pair.
         return (x + heard) / (count + 1), told, heard
       mixed = x + mixing / (count + 1) * (heard - count * told)

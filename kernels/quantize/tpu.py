@@ -21,6 +21,7 @@ from jaxdist.kernels.tpu import (
   LANES,
   SUBLANES,
   cannot_partition,
+  cost,
   lane_group,
   result,
   spread,
@@ -191,6 +192,7 @@ def _encode(x, residual, key, format):
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel',), vmem_limit_bytes=2**26
     ),
+    cost_estimate=cost(arrays, shapes[:kept]),
     name=f'quantize_{format}',
   )(seed[None], *arrays)
   return packed.reshape(-1, words)[:rows], scale.reshape(rows, 1), *dropped
@@ -300,6 +302,7 @@ def dequantize_mean(
   some = max(n for n in range(1, SOME + 1) if workers % n == 0)
   packed = jnp.pad(words, ((0, 0), (0, -rows % abreast), (0, 0)))
   packed = packed.reshape(workers, -1, width * abreast)
+  mean = result((rows, count), jnp.float32, words, scale)
   return pl.pallas_call(
     functools.partial(_decode_kernel, format=format, workers=workers),
     grid=(pl.cdiv(rows, tile), workers // some),
@@ -310,7 +313,7 @@ def dequantize_mean(
       pl.BlockSpec((some, 1, tile), lambda i, n: (n, 0, i)),
     ],
     out_specs=pl.BlockSpec((tile, count), lambda i, n: (i, 0)),
-    out_shape=result((rows, count), jnp.float32, words, scale),
+    out_shape=mean,
     scratch_shapes=[
       pltpu.VMEM((some, tile, LANES), jnp.float32),
       pltpu.VMEM((some, tile if abreast > 1 else SUBLANES, LANES), jnp.int32),
@@ -318,6 +321,7 @@ def dequantize_mean(
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=2**26
     ),
+    cost_estimate=cost((packed, scale), mean),
     name=f'dequantize_{format}',
   )(packed, scale.reshape(workers, 1, rows))
 

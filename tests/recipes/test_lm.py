@@ -414,7 +414,7 @@ def test_report_doctests():
 
 def test_report_survives_odd_runs(tmp_path):
   row = jd.Collective(
-    'all-reduce', 'float32', (3,), 12, 12.0, 'data', 2, 1.0, ''
+    'all-reduce', 'float32', (3,), 12, 12.0, 'data', 'inside a host', 2, 1.0, ''
   )
   line = {'step': 1, 'loss': None, 'bytes_sent': 12, 'step_seconds': 1.0}
   odd = [

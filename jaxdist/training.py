@@ -95,6 +95,7 @@ def init(
     shapes = jax.eval_shape(under_vmap(0), params)
     run = under_vmap(_vmap_axes(shapes))
   else:
+    param_places = placement.param_shardings(params, mesh, axis, specs)
     everywhere = PartitionSpec()
     shapes = collectives.shapes_inside(
       worker_init, everywhere, params, mesh=mesh, axis_names={axis}
@@ -109,9 +110,7 @@ def init(
     return placement.placed_shapes(like, places)
   places = None  # As run leaves them.
   if mesh is not None:
-    params = jax.device_put(
-      params, placement.param_shardings(params, mesh, axis, specs)
-    )
+    params = jax.device_put(params, param_places)
     if specs is not None:
       like = jax.eval_shape(run, params)
       places = placement.state_shardings(like, mesh, axis, specs)

@@ -63,21 +63,17 @@ def test_coded_steps_by_hand():
   )
 
 
-@pytest.mark.parametrize('workers', [2, 8, 64])
-def test_on_a_link_at_break_even_a_method_is_as_fast_as_dense(workers):
-  link = jd.Link(12.5e6, 1e-6)
-  advice = jd.advise(MATRIX, workers, link, 0.05)
-  checked = 0
-  for p in advice.predictions:
-    if p.name == 'dense' or not 0 < p.break_even < math.inf:
-      continue
-    checked += 1
+def test_on_a_link_at_break_even_a_method_is_as_fast_as_dense():
+  latency = 1e-6
+  advice = jd.advise(MATRIX, 8, jd.Link(12.5e6, latency), 0.05)
+  found = {p.name: p.break_even for p in advice.predictions}
+  for name in ('8 bits', 'top 1%'):
+    assert 12.5e6 < found[name] < math.inf
     for factor, is_faster in ((0.9, True), (1.1, False)):
-      other = jd.Link(factor * p.break_even, link.latency)
-      again = jd.advise(MATRIX, workers, other, 0.05).predictions
-      seconds = {q.name: q.step_seconds for q in again}
-      assert (seconds[p.name] < seconds['dense']) == is_faster, p
-  assert checked >= 4
+      link = jd.Link(factor * found[name], latency)
+      again = jd.advise(MATRIX, 8, link, 0.05).predictions
+      seconds = {p.name: p.step_seconds for p in again}
+      assert (seconds[name] < seconds['dense']) == is_faster
 
 
 def test_fast_links_need_no_compression():
@@ -90,7 +86,7 @@ def test_fast_links_need_no_compression():
 def test_of_equals_the_one_that_changes_training_least():
   """At this rate 8 bits are within 5% of the fastest; dense is not."""
   names = [c.name for c in CANDIDATES]
-  for rate in np.geomspace(1e6, 1e12, 13):
+  for rate in np.geomspace(1e6, 1e12, 4):
     advice = jd.advise(MATRIX, 4, jd.Link(rate), 0.1)
     seconds = {p.name: p.step_seconds for p in advice.predictions}
     near = [n for n in names if seconds[n] <= 1.05 * min(seconds.values())]

@@ -78,10 +78,8 @@ def test_only_payloads_are_new_and_only_between_slices(communicator, dense):
   assert claimed < dense[1] / 10
 
 
-# With a TPU kernel the encoding is scheduled after the products: open.
-@pytest.mark.parametrize('code', [None, jd.natural()], ids=repr)
-def test_delayed_mean_travels_behind_all_matmuls(code):
-  traffic, claimed = step_traffic(jd.mean('dcn', code, delay=1))
+def test_delayed_mean_travels_behind_all_matmuls():
+  traffic, claimed = step_traffic(jd.mean('dcn', delay=1))
   between = [r for r in traffic.rows if r.link == SLICES]
   hidden = [r for r in between if r.spans_all_matmuls]
   waited = sum(r.bytes_sent for r in between if not r.spans_all_matmuls)

@@ -1,6 +1,7 @@
 """Chooses the form of an operation that runs: one dispatcher for all ops."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,7 +64,7 @@ class Op:
         f'implementation of {self.name} must be one of '
         f'{", ".join(map(repr, self.forms))} or None, got {implementation!r}.'
       )
-    forms = list(self.forms.values())
+    forms = list(filter(_may_run, self.forms.values()))
     if implementation is not None:
       forms = [self.forms[implementation]]
       needs = _unsupported(forms[0], arrays, options)
@@ -72,11 +73,9 @@ class Op:
           f'implementation {implementation!r} of {self.name} needs {needs}.'
         )
 
-    def bound(form):
-      return lambda *arrays: form.function(*arrays, **options)
-
+    static = tuple(sorted(options.items()))
     branches = {
-      platform: bound(form)
+      platform: _bound(form.function, static)
       for form in forms
       if _unsupported(form, arrays, options) is None
       for platform in form.platforms or ['default']
@@ -97,6 +96,26 @@ class Op:
       )
 
     return run(*arrays)
+
+
+def _may_run(form):
+  """Whether the mesh of the manual region, if there is one, may run a form.
+
+  A form that it rules out need not be traced.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if form.platforms is None or device is None:
+    return True
+  lowered_for = {'gpu': {'cuda', 'rocm'}}.get(
+    device.platform, {device.platform}
+  )
+  return not lowered_for.isdisjoint(form.platforms)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bound(function, options):
+  """Under jit, so that equal shapes are traced and batched once."""
+  return jax.jit(functools.partial(function, **dict(options)))
 
 
 def _unsupported(form, arrays, options):

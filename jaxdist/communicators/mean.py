@@ -1,5 +1,6 @@
 """The mean over workers of what each of them encodes."""
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -227,6 +228,7 @@ def mean(
   return delayed(communicator) if delay else communicator
 
 
+@functools.lru_cache(maxsize=1024)
 def payload_shape(code: codes.Compressor, blocks: int, size: int) -> Any:
   """Shapes and dtypes of the payload of ``blocks`` blocks of ``size``."""
   encode = lambda x, key: code.at(key).encode(x, key)

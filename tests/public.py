@@ -1,5 +1,7 @@
 """Every public communicator and transform, for contracts over all of them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,8 +166,22 @@ def gradients(workers, steps, dtype=np.float32):
   )
 
 
+@functools.lru_cache(maxsize=8)
+def _compiled(tx, walk):
+  """``tx`` over all workers, simulated: its init, and one step."""
+
+  def step(grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates) if walk else params
+    return params if walk else updates, state, params
+
+  everyone = functools.partial(jax.vmap, axis_name=AXIS)
+  init = everyone(lambda params, _: tx.init(params), in_axes=(None, 0))
+  return jax.jit(init), jax.jit(everyone(step))
+
+
 def run(tx, gradients, params, walk=False):
-  """All steps of all workers, in a scan under vmap, compiled once.
+  """All steps of all workers, simulated; compiled once for each ``tx``.
 
   Args:
     tx: the transform.
@@ -176,16 +192,13 @@ def run(tx, gradients, params, walk=False):
   Returns:
     Updates or params after each step, (workers, steps, ...), and the state.
   """
-
-  def worker(gradients):
-    def step(carry, grad):
-      params, state = carry
-      updates, state = tx.update(grad, state, params)
-      if walk:
-        params = optax.apply_updates(params, updates)
-      return (params, state), (params if walk else updates)
-
-    (_, state), path = jax.lax.scan(step, (params, tx.init(params)), gradients)
-    return path, state
-
-  return jax.jit(jax.vmap(worker, 1, axis_name=AXIS))(gradients)
+  init, step = _compiled(tx, walk)
+  steps, workers = jax.tree.leaves(gradients)[0].shape[:2]
+  state = init(params, np.zeros(workers))
+  params = jax.tree.map(lambda p: np.stack([p] * workers), params)
+  path = []
+  for index in range(steps):
+    grads = jax.tree.map(lambda g, i=index: g[i], gradients)
+    out, state, params = step(grads, state, params)
+    path.append(out)
+  return jax.tree.map(lambda *each: np.stack(each, axis=1), *path), state

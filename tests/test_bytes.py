@@ -11,8 +11,8 @@ from tables import COMPRESSORS
 import jaxdist as jd
 
 
-def compiled_bytes(communicator, workers, make_mesh):
-  """Bytes a worker sends in one exchange, with feedback's second residual."""
+def compiled_bytes(communicator, params, workers, make_mesh):
+  """What one exchange sends as compiled, with feedback's second residual."""
   mesh = make_mesh(workers)
   spec = PartitionSpec(public.AXIS)
 
@@ -29,7 +29,7 @@ def compiled_bytes(communicator, workers, make_mesh):
     lambda x: jax.ShapeDtypeStruct(
       (workers, *x.shape), x.dtype, sharding=NamedSharding(mesh, spec)
     ),
-    public.params(),
+    params,
   )
   return jd.traffic(step, tree)
 
@@ -39,25 +39,26 @@ def compiled_bytes(communicator, workers, make_mesh):
 def test_claimed_bytes_are_compiled_bytes(name, workers, make_mesh):
   communicator = public.COMMUNICATORS[name]
   claimed = communicator.bytes_sent(public.params(), workers)
-  traffic = compiled_bytes(communicator, workers, make_mesh)
+  traffic = compiled_bytes(communicator, public.params(), workers, make_mesh)
   assert traffic.bytes_a_step == pytest.approx(claimed, rel=1e-9)
   assert {row.axis for row in traffic.rows} == {public.AXIS}
 
 
 @pytest.mark.parametrize('method', ['gather', 'two_shot'])
-@pytest.mark.parametrize('workers', [2, 8])
 @pytest.mark.parametrize('name', COMPRESSORS)
-def test_every_code_in_every_pattern(name, workers, method, make_mesh):
+def test_every_code_in_every_pattern(name, method, make_mesh):
   compressor = COMPRESSORS[name]
   if method == 'two_shot' and compressor.block_size is None:
     with pytest.raises(ValueError, match='gives each worker some of the block'):
       jd.mean(public.AXIS, compressor, method)
     return
   communicator = jd.mean(public.AXIS, compressor, method)
-  claimed = communicator.bytes_sent(public.params(), workers)
-  traffic = compiled_bytes(communicator, workers, make_mesh)
-  assert traffic.bytes_a_step == pytest.approx(claimed, rel=1e-9)
-  assert all(row.dtype in ('uint32', 'float32') for row in traffic.rows)
+  params = {'w': jnp.zeros((30, 20))}  # Five blocks, the last not full.
+  for workers in (2, 3, 5, 8):
+    claimed = communicator.bytes_sent(params, workers)
+    traffic = compiled_bytes(communicator, params, workers, make_mesh)
+    assert traffic.bytes_a_step == pytest.approx(claimed, rel=1e-9)
+    assert all(row.dtype in ('uint32', 'float32') for row in traffic.rows)
 
 
 def test_bytes_worked_out_by_hand():

@@ -41,8 +41,12 @@ def under_pmap(tx, gradients):
   )
 
 
-def under_shard_map(tx, gradients, mesh, check_vma):
-  """With a user's own shard_map: their gradients, our transform."""
+def under_shard_map(tx, gradients, mesh):
+  """With a user's own shard_map: their gradients, our transform.
+
+  Returns:
+    The traced function and its arguments.
+  """
   spec = PartitionSpec(None, public.AXIS)
 
   def run(params, gradients):
@@ -58,32 +62,39 @@ def under_shard_map(tx, gradients, mesh, check_vma):
     mesh=mesh,
     in_specs=(PartitionSpec(), spec),
     out_specs=PartitionSpec(public.AXIS),
-    check_vma=check_vma,
   )
   place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
-  return jax.jit(mapped)(
-    place(public.params(), PartitionSpec()), place(gradients, spec)
-  )
+  args = (place(public.params(), PartitionSpec()), place(gradients, spec))
+  return jax.jit(mapped).trace(*args), args
+
+
+def body(lowered):
+  """A program's instructions, without the places of its arguments."""
+  _, rest = lowered.as_text().split('func.func public @main', 1)
+  return rest.split('\n', 1)[1]
 
 
 @pytest.mark.parametrize('name', public.TRANSFORMS)
 def test_same_numbers_everywhere(name, make_mesh):
+  """The form of pmap is that of shard_map with check_vma=False, too."""
   tx = public.TRANSFORMS[name]
   gradients = public.gradients(WORKERS, STEPS)
+  traced, args = under_shard_map(tx, gradients, make_mesh(WORKERS))
+  lowered = traced.lower()
   expected = under_vmap(tx, gradients)
   others = {
     'pmap': under_pmap(tx, gradients),
-    'shard_map': under_shard_map(tx, gradients, make_mesh(WORKERS), True),
-    'unchecked': under_shard_map(tx, gradients, make_mesh(WORKERS), False),
-    'explicit': under_shard_map(
-      tx, gradients, make_mesh(WORKERS, axis_type=AxisType.Explicit), True
-    ),
+    'shard_map': lowered.compile()(*args),
   }
   for context, path in others.items():
     for want, got in zip(
       jax.tree.leaves(expected), jax.tree.leaves(path), strict=True
     ):
       np.testing.assert_allclose(got, want, **CLOSE, err_msg=context)
+
+  explicit = make_mesh(WORKERS, axis_type=AxisType.Explicit)
+  other, _ = under_shard_map(tx, gradients, explicit)
+  assert body(other.lower()) == body(lowered), 'another program'
 
 
 @pytest.mark.parametrize('name', public.TRANSFORMS)

@@ -82,7 +82,7 @@ def run_main(monkeypatch, capsys):
   """Runs the command line in this process, whose devices are there already."""
 
   def run(*arguments):
-    monkeypatch.setattr(lm, 'prepare_devices', lambda workers: None)
+    monkeypatch.setattr(lm, 'prepare_devices', lambda *_: None)
     monkeypatch.setattr(sys, 'argv', ['lm.py', *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
       lm.main()
@@ -334,14 +334,14 @@ def test_results_are_neither_lost_nor_mixed(run_main, tmp_path, monkeypatch):
 
 def test_lost_metrics_are_noticed(data, tmp_path):
   folder = record.Folder(tmp_path)
-  folder.open({'steps': 7}, resume=False, overwrite=False)
+  folder.begin({'steps': 7})
   lm.train(TINY, methods.DENSE, data, folder)
-  folder.open({'steps': 7}, resume=True, overwrite=False)
+  folder.check({'steps': 7}, resume=True, overwrite=False)
   first, *others = folder.metrics.read_text().splitlines(keepends=True)
   del first
   folder.metrics.write_text(''.join(others))
   with pytest.raises(ValueError, match='some of the 7 of dense are missing'):
-    folder.open({'steps': 7}, resume=True, overwrite=False)
+    folder.check({'steps': 7}, resume=True, overwrite=False)
 
 
 def test_folder_in_use_is_refused(run_main, tmp_path):

@@ -109,14 +109,16 @@ def assert_same_program(program: Any, *args: Any) -> None:
   text = lowered.as_text()
   steps = [getattr(arg, 'step', None) for arg in args]
   assert_same(
-    'a program',
+    'a step',
     {
       'versions': versions(),
       'mesh': [line for mesh in meshes for line in describe_mesh(mesh)],
       'arguments': describe_tree(args),
-      'step': [str(np.asarray(step)) for step in steps if step is not None],
+      'number of steps': [
+        str(np.asarray(step)) for step in steps if step is not None
+      ],
       'collectives': collectives(text),
-      'program': text,
+      'instructions': text,
     },
     among=among,
   )
@@ -233,9 +235,9 @@ def collectives(text: str) -> list[str]:
     if not (match := _COLLECTIVE.search(line)):
       continue
     words = [match[1]]
-    groups = re.search(r'(replica_groups|source_target_pairs) = (\S+)', line)
+    groups = re.search(r'(?:_groups|_pairs) = dense<(.*?)>', line)
     if groups:
-      words.append(f'over {groups[2].removeprefix("dense<")}')
+      words.append(f'over {groups[1]}')
     # A reduction's body stands between the operation and its types.
     while ' -> ' not in line:
       line = next(lines)

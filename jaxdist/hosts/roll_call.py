@@ -135,8 +135,8 @@ def _hold(bind_host, port, me, seconds):
       if is_loopback(bind_host):
         verdict['missing'] += (
           f' Process 0 listens at {bind_host}, which only processes on its own '
-          'machine reach: give coordinator_address as an address that the '
-          'others reach.'
+          'machine reach: give coordinator_address, or in /etc/hosts its '
+          'name, an address that the others reach.'
         )
     else:
       verdict = {}

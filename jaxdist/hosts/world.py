@@ -105,6 +105,9 @@ def initialize(
   """
   seconds = _seconds(timeout)
   restarts = 0
+  coordinator_address = coordinator_address or os.environ.get(
+    'JAX_COORDINATOR_ADDRESS'
+  )
   member = _Member(
     coordinator_address, num_processes, process_id, local_device_ids
   )

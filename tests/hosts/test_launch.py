@@ -131,7 +131,7 @@ class Job:
     command = [sys.executable, *launch, worlds.ROOT / 'recipes/lm.py']
     command += ['--out', self.out, '--data', text, '--steps', 40, '--batch', 2]
     command += ['--length', 16, '--layers', 1, '--width', 16, '--heads', 2]
-    command += ['--every-eval', 5, '--check-sync', 5, *arguments]
+    command += ['--every-eval', 10, '--check-sync', 10, *arguments]
     self.said = folder / f'said.{time.monotonic_ns()}'
     with self.said.open('w') as file:
       self.launcher = subprocess.Popen(
@@ -143,6 +143,9 @@ class Job:
           'PYTHONPATH': str(worlds.ROOT),
           'JAX_PLATFORMS': 'cpu',
           'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+          'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
+          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+          'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
         },
       )
 
@@ -197,7 +200,7 @@ linux = pytest.mark.skipif(
 def test_main_job_survives_a_kill_and_ends_well_when_asked(tmp_path):
   options = ['--method', 'dense', '--workers', 2]
   with Job(tmp_path, 2, *options, restarts=1) as job:
-    job.wait_for('dense', 8)
+    job.wait_for('dense', 12)
     victim = job.members()[1]
     os.kill(victim, signal.SIGKILL)
     while victim in job.members():
@@ -235,16 +238,16 @@ def test_broken_runs_give_the_losses_of_an_unbroken_one(processes, tmp_path):
   folder = tmp_path / 'broken'
   folder.mkdir()
   with Job(folder, processes, *options, restarts=2) as job:
-    job.wait_for('dense', 12)
+    job.wait_for('dense', 13)
     os.kill(job.members()[-1], signal.SIGKILL)
-    job.wait_for(method, 7)
+    job.wait_for(method, 12)
     os.kill(job.members()[0], signal.SIGKILL)
-    job.wait_for(method, 13)
+    job.wait_for(method, 23)
     job.launcher.send_signal(signal.SIGTERM)
     code, said = job.end()
     assert code == 0, said
     assert said.count('was ended by SIGKILL') == 2, said
-    assert 13 <= job.checkpoint(method) < 40
+    assert 23 <= job.checkpoint(method) < 40
   with Job(folder, processes, *options, '--resume') as job:
     code, said = job.end()
     assert code == 0, said

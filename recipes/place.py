@@ -85,9 +85,17 @@ def find_place(workers: int | None) -> Place:
 
   Returns:
     The place.
+
+  Raises:
+    ValueError: of several processes, some would have nothing to do.
   """
   devices = jax.devices()
   workers = workers or (len(devices) if len(devices) > 1 else WORKERS)
+  if jax.process_count() > 1 and workers != len(devices):
+    raise ValueError(
+      f'--workers must be the number of devices of all {jax.process_count()} '
+      f'processes, {len(devices)}, got {workers}.'
+    )
 
   def make_mesh(devices):
     return jax.make_mesh(

@@ -32,8 +32,8 @@ class World(NamedTuple):
   Attributes:
     process: which of them this is, from 0.
     processes: how many there are.
-    restarts: how often :mod:`jaxdist.launch` has begun anew after a failure; if
-      not 0, go on from the last checkpoint.
+    restarts: how often :mod:`jaxdist.launch` has begun anew after a failure, or
+      Slurm has requeued the job; if not 0, go on from the last checkpoint.
   """
 
   process: int = 0
@@ -104,7 +104,7 @@ def initialize(
     World(process=0, processes=1, restarts=0)
   """
   seconds = _seconds(timeout)
-  restarts = 0
+  restarts = int(os.environ.get('SLURM_RESTART_COUNT', 0))
   coordinator_address = coordinator_address or os.environ.get(
     'JAX_COORDINATOR_ADDRESS'
   )

@@ -1,6 +1,8 @@
 """Ten ways in which one process differs; each must be an error on all."""
 
 import json
+import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxdist as jd
+from jaxdist.hosts.world import LAUNCHED
 
 out = Path(sys.argv[1])
 worlds.get_ready(out)
@@ -93,7 +96,7 @@ def train(rate=0.1, names=('a', 'b'), mesh=None, first=0, code=None):
   batch = put(np.ones(len(devices), np.float32), mesh, PartitionSpec('data'))
   state, _ = step(state._replace(step=count), batch)
   jax.block_until_ready(state)
-  return state
+  return state, step, batch
 
 
 for name in odd:
@@ -109,12 +112,21 @@ for name, options in {
   attempt(name, lambda options=options: train(**options))
 
 # The same world still works, and is right.
-state = train()
+state, step, batch = train()
+if world.process == 0:  # Which may ask for a table alone.
+  assert jd.traffic(step, state, batch).bytes_a_step > 0
 right = [float(x[0]) for x in jax.tree.leaves(jax.device_get(state.params))]
 start = time.perf_counter()
 for _ in range(20):
   jd.assert_same('a fact', {'number': 1})
 seconds = (time.perf_counter() - start) / 20
+
+# Process 0 listens at the address that it was given, and at no other.
+port = int(os.environ[LAUNCHED].split()[0].rpartition(':')[2])
+heard = {}
+for host in ('127.0.0.1', '127.0.0.2'):
+  with socket.socket() as other:
+    heard[host] = other.connect_ex((host, port)) == 0
 
 # One comes too late for a fact, and hears of it all the same.
 jd.hosts.agreement.timeout = 1.0
@@ -122,5 +134,5 @@ if is_odd:
   time.sleep(1.5)
 attempt('missing', lambda: jd.assert_same('a late fact', {'number': 1}))
 jd.hosts.agreement.timeout = 60.0
-result = {'errors': errors, 'right': right, 'seconds': seconds}
+result = {'heard': heard, 'errors': errors, 'right': right, 'seconds': seconds}
 (out / f'{world.process}.json').write_text(json.dumps(result))

@@ -43,6 +43,7 @@ def check(processes, out):
     kind, message, took = result['errors']['missing']
     assert kind == 'MissingProcessError'
     assert f'processes [{last}] did not come to a late fact' in message
+    assert result['heard'] == {'127.0.0.1': True, '127.0.0.2': False}
     # One step with gradients of 1/32, in blocks that are half padding.
     assert result['right'] == pytest.approx([1 - 0.1 / 32 / 2] * 2)
   print(processes, 'processes, seconds:', seconds)

@@ -96,8 +96,9 @@ def test_slurm_tells(joined, monkeypatch):
     SLURM_NTASKS='8',
     SLURM_PROCID='5',
     SLURM_LOCALID='1',
+    SLURM_RESTART_COUNT='3',
   )
-  assert jd.initialize() == jd.World(5, 8, 0)
+  assert jd.initialize() == jd.World(5, 8, 3)
   assert joined['coordinator_address'] == 'node001:61440'
   assert joined['local_device_ids'] == [1]
 

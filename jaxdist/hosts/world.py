@@ -22,6 +22,13 @@ from jaxdist.hosts import agreement, roll_call
 LAUNCHED = 'JAXDIST_LAUNCHED'
 TIMEOUT = 'JAXDIST_TIMEOUT'
 TIMEOUT_SECONDS = 30.0
+# Set by Open MPI, by MPICH and its kin, by srun and by torchrun.
+_COUNTS = (
+  'OMPI_COMM_WORLD_SIZE',
+  'PMI_SIZE',
+  'SLURM_STEP_NUM_TASKS',
+  'WORLD_SIZE',
+)
 _LAST_WORDS_MILLISECONDS = 1000
 _COLLECTIVE_FLAG = '--xla_cpu_collective_timeout_seconds'
 
@@ -119,6 +126,7 @@ def initialize(
   elif None in member[:3]:
     member = _Member(*compat.detect_cluster(*member, math.ceil(seconds)))
   if member[:3] == (None, None, None):
+    _check_alone()
     return World()
   _check(member)
   if member.num_processes == 1:
@@ -177,6 +185,17 @@ def _seconds(timeout):
   if not 1 <= timeout < math.inf:
     raise ValueError(f'timeout must be at least 1 second, got {timeout}.')
   return timeout
+
+
+def _check_alone():
+  """Refuses to train alone, many times over, what many were started for."""
+  for name in _COUNTS:
+    if int(os.environ.get(name, 1)) > 1:
+      raise ValueError(
+        f'coordinator_address, num_processes and process_id must be given: '
+        f'{name} tells of {os.environ[name]} processes, but JAX does not know '
+        f'this launcher.'
+      )
 
 
 def _check(member):

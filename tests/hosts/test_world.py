@@ -11,7 +11,10 @@ import jaxdist as jd
 from jaxdist import compat
 from jaxdist.hosts import agreement, roll_call, world
 
-CLUSTERS = ('SLURM_', 'OMPI_', 'TPU_', 'MEGASCALE_', 'KUBERNETES_', 'JAXDIST_')
+CLUSTERS = (
+  *('SLURM_', 'OMPI_', 'PMI_', 'WORLD_SIZE', 'TPU_', 'MEGASCALE_'),
+  *('KUBERNETES_', 'JAXDIST_', 'JAX_COORDINATOR_'),
+)
 
 
 @pytest.fixture
@@ -46,6 +49,14 @@ def test_alone_where_nothing_tells_of_others(joined):
   assert jd.initialize() == jd.World(0, 1, 0)
   assert not joined
   assert os.environ['XLA_FLAGS'] == '--of_the_user'
+
+
+def test_unknown_launcher_is_no_reason_to_train_alone(joined, monkeypatch):
+  set_environment(monkeypatch, PMI_SIZE='4', PMI_RANK='1')
+  with pytest.raises(ValueError, match='PMI_SIZE tells of 4 processes, but'):
+    jd.initialize()
+  # Given what it does not tell, all is well.
+  assert jd.initialize('node:80', 4, 1) == jd.World(1, 4, 0)
 
 
 def test_one_timeout_bounds_all_waits(joined):

@@ -20,6 +20,8 @@ from jaxdist.hosts.errors import MissingProcessError
 # Set by jaxdist.initialize.
 timeout = 30.0
 
+# For the first to tell who is missing when its own wait is over.
+_VERDICT_SECONDS = 1.0
 _POLL_SECONDS = 0.001
 _MOST_POLL_SECONDS = 0.05
 _rounds: dict[str, Any] = collections.defaultdict(itertools.count)
@@ -56,21 +58,21 @@ def decide(
   try:
     client.key_value_set_bytes(f'{folder}/said/{me}', _packed(mine))
     if me == first:
+      client.key_value_set(f'{folder}/begun', '')
       verdict = _collect(client, f'{folder}/said/', what, rule, among)
       client.key_value_set_bytes(f'{folder}/verdict', _packed(verdict))
       if turn > 0:  # All have read the one before: they answered this one.
         client.key_value_delete(f'jaxdist/{group}/{turn - 1}')
     else:
-      # The first may itself come as late as it lets others be.
-      verdict = json.loads(
-        client.blocking_key_value_get_bytes(
-          f'{folder}/verdict', int(2000 * timeout)
-        )
+      wait = lambda key, seconds: client.blocking_key_value_get_bytes(
+        f'{folder}/{key}', int(1000 * seconds)
       )
+      wait('begun', timeout)
+      verdict = json.loads(wait('verdict', timeout + _VERDICT_SECONDS))
   except jax.errors.JaxRuntimeError as error:
     raise MissingProcessError(
-      f'process {first} did not come to {what} within {2 * timeout:g} s, or '
-      f'its coordination service is gone.'
+      f'process {first} did not come to {what} within {timeout:g} s, or the '
+      f'coordination service on process 0 is gone.'
     ) from error
   if 'missing' in verdict:
     raise MissingProcessError(verdict['missing'])

@@ -127,7 +127,7 @@ def initialize(
     member = _Member(*compat.detect_cluster(*member, math.ceil(seconds)))
   if member[:3] == (None, None, None):
     _check_alone()
-    return World()
+    return World(restarts=restarts)
   _check(member)
   if member.num_processes == 1:
     return World(restarts=restarts)
@@ -176,7 +176,8 @@ def _leave():
   logging.shutdown()
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(1)
+  interrupted = isinstance(sys.last_value, KeyboardInterrupt)
+  os._exit(128 + signal.SIGINT if interrupted else 1)
 
 
 def _seconds(timeout):

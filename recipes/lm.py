@@ -16,7 +16,6 @@ Over several processes, begun anew after a failure from the last checkpoint:
 import contextlib
 import dataclasses
 import math
-import os
 import platform
 import shlex
 import signal
@@ -36,6 +35,7 @@ import report
 import text
 import tyro
 from flax import nnx
+from interrupt import Interrupt
 from jax.experimental import multihost_utils
 from model import Transformer, next_byte_loss
 from place import AXIS, find_place, prepare_devices
@@ -262,41 +262,6 @@ def train(
     if stop:
       break
   return run
-
-
-class Interrupt:
-  """Ctrl-C ends the run after the current step; the second one ends it now.
-
-  So does SIGTERM. Of several processes, each hears of it from JAX, which finds
-  a step that none of them has passed yet.
-  """
-
-  def __init__(self, console: Console, world: jd.World):
-    self.asked = None
-    self.console = console
-    self.alone = world.processes == 1
-    signal.signal(signal.SIGINT, self.ask)
-    if self.alone:  # Else JAX waits for it.
-      signal.signal(signal.SIGTERM, self.ask)
-
-  def ask(self, number, frame) -> None:
-    del frame
-    self.asked = number
-    signal.signal(number, signal.SIG_DFL)
-    self.console.show_cursor(True)  # In case that the second one follows.
-    self.console.print('Stopping after this step. Ctrl-C again quits at once.')
-    if not self.alone:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  def stops_after(self, step: int) -> bool:
-    """Whether to stop after a step, the same on all processes.
-
-    Args:
-      step: counted over all runs, so that it never goes back.
-    """
-    if self.alone:
-      return self.asked is not None
-    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def compare(

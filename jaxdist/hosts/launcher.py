@@ -41,13 +41,11 @@ def run(
     for restart in range(restarts + 1):
       world = _World(command, processes, timeout, restart)
       try:
-        failed = world.watch(signals)
+        code = world.watch(signals.seen)
       finally:
         world.kill()
-      if failed is None:
-        interrupted = signal.SIGINT in signals.seen
-        return 128 + signal.SIGINT if interrupted else 0
-      code = failed
+      if code is None:
+        return 128 + signal.SIGINT if signal.SIGINT in signals.seen else 0
       if signals.seen:
         break
       if restart < restarts:
@@ -106,25 +104,31 @@ class _World:
         self.pumps.append(pump)
 
   def watch(self, signals):
-    """Waits for the end; returns the exit code of the first to fail, if any."""
+    """Waits for the end, and passes signals on as they come.
+
+    Returns:
+      The exit code of the first process to fail; None if none did.
+    """
     passed_on = 0
     end = math.inf
     while any(member.poll() is None for member in self.members):
-      for number in signals.seen[passed_on:]:
+      for number in signals[passed_on:]:
         passed_on += 1
         for member in self.members:
           member.send_signal(number if passed_on == 1 else signal.SIGKILL)
-      if self.failed() and end == math.inf:
+      if self.failed(signals) and end == math.inf:
         end = time.monotonic() + _LAST_WORDS_SECONDS
       if time.monotonic() > end:
         self.kill()
       time.sleep(_POLL_SECONDS)
-    return self.failed()
+    return self.failed(signals)
 
-  def failed(self):
+  def failed(self, signals):
     """Exit code of the process that failed first, if one did."""
+    # Who is asked to end may say so.
+    well = {0, *(128 + number for number in signals)}
     for rank, member in enumerate(self.members):
-      if self.code is None and member.poll():
+      if self.code is None and member.poll() not in {None, *well}:
         self.code = member.returncode
         _say(f'process {rank} {_ending(self.code)}')
     return self.code

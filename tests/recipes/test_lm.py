@@ -258,7 +258,7 @@ def test_ctrl_c_leaves_what_resume_goes_on_from(start, tmp_path):
 def test_second_ctrl_c_is_not_caught():
   before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
   try:
-    interrupt = lm.Interrupt(Console())
+    interrupt = lm.Interrupt(Console(), jd.World())
     assert not interrupt.asked
     signal.raise_signal(signal.SIGINT)
     assert interrupt.asked
@@ -286,6 +286,7 @@ def test_help_explains_each_method(run_main):
     (['--steps', 0], '--steps must be at least 1, got 0.'),
     (['--workers', 0], '--workers must be at least 1, got 0.'),
     (['--every-eval', 0], '--every-eval must be at least 1, got 0.'),
+    (['--check-sync', -1], '--check-sync must be at least 0, got -1.'),
     (['--heads', 3], '--width must be an even multiple of --heads'),
     (['--lr', -1], '--lr must be positive, got -1.0.'),
     (['--seed', 2**32], '--seed must be in [0, 2**32), got 4294967296.'),

@@ -20,6 +20,7 @@ class Interrupt:
     self.asked = None
     self.console = console
     self.alone = world.processes == 1
+    self.last = 0
     signal.signal(signal.SIGINT, self.ask)
     if self.alone:  # Else JAX waits for it.
       signal.signal(signal.SIGTERM, self.ask)
@@ -34,11 +35,14 @@ class Interrupt:
       os.kill(os.getpid(), signal.SIGTERM)
 
   def stops_after(self, step: int) -> bool:
-    """Whether to stop after a step, the same on all processes.
-
-    Args:
-      step: counted over all runs, so that it never goes back.
-    """
+    """Whether to stop after a step of a run, the same on all processes."""
     if self.alone:
       return self.asked is not None
-    return multihost_utils.reached_preemption_sync_point(step)
+    # JAX stops at the step after the last that a process has asked about, when
+    # the signal comes. Where steps leap, before the first and between two runs,
+    # that one has to be asked about too.
+    leap = step != self.last + 1
+    stop = leap and multihost_utils.reached_preemption_sync_point(self.last + 1)
+    self.last = step
+    # Orbax asks about the same steps whenever it saves.
+    return multihost_utils.reached_preemption_sync_point(step) or stop

@@ -295,7 +295,7 @@ def compare(
     console=console,
   )
   runs = []
-  for number, name in enumerate(run_names(config)):
+  for name in run_names(config):
     done = jd.latest_step(folder.checkpoints(name)) or 0
     if done == config.steps:
       runs.append(folder.load(name))
@@ -307,7 +307,7 @@ def compare(
       name, total=config.steps, completed=done, words='compiling'
     )
 
-    def watch(line, number=number, name=name, task=task):
+    def watch(line, name=name, task=task):
       loss = math.nan if line['loss'] is None else line['loss']
       words = f'loss {loss:.3f}, {report.size(line["bytes_sent"])} sent'
       progress.update(task, completed=line['step'], words=words)
@@ -317,7 +317,7 @@ def compare(
           f'validation loss {line["val_loss"]:.4f}',
           highlight=False,
         )
-      return interrupt.stops_after(number * config.steps + line['step'])
+      return interrupt.stops_after(line['step'])
 
     with progress:
       runs.append(train(config, name, data, folder, watch))

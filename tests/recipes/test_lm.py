@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import interrupt
 import jax
 import lm
 import methods
@@ -258,14 +259,48 @@ def test_ctrl_c_leaves_what_resume_goes_on_from(start, tmp_path):
 def test_second_ctrl_c_is_not_caught():
   before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
   try:
-    interrupt = lm.Interrupt(Console(), jd.World())
-    assert not interrupt.asked
+    asked = interrupt.Interrupt(Console(), jd.World())
+    assert not asked.stops_after(1)
     signal.raise_signal(signal.SIGINT)
-    assert interrupt.asked
+    assert asked.stops_after(1)
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+  'moment, expected',
+  [
+    # Before the first step, in the first run, before and after the second.
+    *((0, ('b', 3)), (1, ('b', 4)), (2, ('b', 5)), (3, ('c', 1)), (5, None)),
+  ],
+)
+def test_sigterm_is_heard_at_any_moment(moment, expected, monkeypatch):
+  # As JAX has it: the step after the last that was asked about.
+  jax_has = {'last': 0, 'stop': None}
+
+  def reached(step):
+    jax_has['last'] = step
+    return step == jax_has['stop']
+
+  monkeypatch.setattr(
+    interrupt.multihost_utils, 'reached_preemption_sync_point', reached
+  )
+  before = signal.getsignal(signal.SIGINT)
+  asked = interrupt.Interrupt(Console(), jd.World(0, 2))
+  signal.signal(signal.SIGINT, before)
+  stopped = None
+  # Resumed after step 2 of 5; the second run is new.
+  for number, at in enumerate(
+    [('b', 3), ('b', 4), ('b', 5), ('c', 1), ('c', 2)]
+  ):
+    if number == moment:
+      jax_has['stop'] = jax_has['last'] + 1
+    if asked.stops_after(at[1]):
+      stopped = at
+      break
+  assert stopped == expected
 
 
 # The command line.

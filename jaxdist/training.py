@@ -114,7 +114,7 @@ def init(
     return placement.placed_shapes(like, places)
   places = None  # As run leaves them.
   if mesh is not None:
-    desync.check_init(mesh, params, specs, shapes)
+    desync.check_init(mesh, params, param_places, shapes)
     params = jax.device_put(params, param_places)
     if specs is not None:
       like = jax.eval_shape(run, params)

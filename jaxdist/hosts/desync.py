@@ -23,6 +23,8 @@ from jaxdist.hosts.errors import DesyncError
 # How much of a field is shown to others when it differs.
 _MOST_BYTES = 2**20
 _MOST_SPEAKERS = 4
+# Of functions and objects, other in each process.
+_ADDRESS = re.compile(r' at 0x[0-9a-f]+')
 _COLLECTIVE = re.compile(
   r'"?stablehlo\.(all_reduce|all_gather|all_to_all|reduce_scatter|'
   r'collective_permute|collective_broadcast)"?'
@@ -57,7 +59,7 @@ def assert_same(
     >>> import jaxdist as jd
     >>> jd.assert_same('the settings', {'batch size': 32, 'seed': 0})
   """
-  among = range(jax.process_count()) if among is None else among
+  among = tuple(range(jax.process_count()) if among is None else among)
   if len(among) == 1:
     return
   facts = {'what is compared': what, **facts}
@@ -124,13 +126,13 @@ def assert_same_program(program: Any, *args: Any) -> None:
   )
 
 
-def check_init(mesh: Any, params: Any, specs: Any, state: Any) -> None:
+def check_init(mesh: Any, params: Any, places: Any, state: Any) -> None:
   """Compares what :func:`jaxdist.init` is given between the mesh's processes.
 
   Args:
     mesh: the devices; nothing is compared if one process has all of them.
     params: the parameters.
-    specs: how they are cut inside a worker.
+    places: their shardings.
     state: shapes of the state that follows.
 
   Raises:
@@ -145,7 +147,7 @@ def check_init(mesh: Any, params: Any, specs: Any, state: Any) -> None:
         'versions': versions(),
         'mesh': describe_mesh(mesh),
         'params': describe_tree(params),
-        'specs': specs,
+        'specs': [str(place.spec) for place in jax.tree.leaves(places)],
         'state': describe_tree(state),
       },
       among=among,
@@ -217,7 +219,7 @@ def describe_tree(tree: Any) -> list[str]:
     f'{getattr(getattr(leaf, "sharding", None), "spec", "")}'.rstrip()
     for path, leaf in jax.tree.leaves_with_path(tree)
   ]
-  return [*leaves, str(jax.tree.structure(tree))]
+  return [*leaves, _ADDRESS.sub('', str(jax.tree.structure(tree)))]
 
 
 def collectives(text: str) -> list[str]:

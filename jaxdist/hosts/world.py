@@ -167,6 +167,12 @@ def _leave():
   """
   if not hasattr(sys, 'last_value') or not jax.distributed.is_initialized():
     return
+  if 'Gloo' in str(sys.last_value):
+    print(
+      'jaxdist: an exchange failed: another process is gone, or kept this one '
+      f'waiting for {agreement.timeout:g} s. What it says itself is the cause.',
+      file=sys.stderr,
+    )
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     # With process 0 goes the service, and with it all others, at once: if they
     # failed too, let them say so.

@@ -1,7 +1,13 @@
 """Processes that differ raise before a number is delivered."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 import worlds
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxdist.hosts import desync
 
 FIELDS = {
   'order': r'the same instructions in a step, .*\[0:8\].*\[8:16\]',
@@ -59,3 +65,31 @@ def test_all_processes_name_what_differs(tmp_path):
 @pytest.mark.parametrize('processes', [4, 5])
 def test_more_processes_name_what_differs(processes, tmp_path):
   check(processes, tmp_path)
+
+
+def test_collectives_are_listed_in_order(make_mesh):
+  def worker(x):
+    total = lax.pmax(lax.psum(x, 'data').astype(jnp.int32), 'data')
+    return lax.ppermute(lax.all_gather(x, 'data'), 'data', [(0, 1)]), total
+
+  run = jax.shard_map(
+    worker,
+    mesh=make_mesh(2),
+    in_specs=PartitionSpec('data'),
+    out_specs=PartitionSpec('data'),
+    check_vma=False,
+  )
+  text = jax.jit(run).lower(jnp.zeros(8)).as_text()
+  assert sorted(desync.collectives(text)) == [
+    'all_gather over [[0, 1]] (tensor<1x4xf32>) -> tensor<2x4xf32>',
+    'all_reduce add over [[0, 1]] (tensor<4xf32>) -> tensor<4xf32>',
+    'all_reduce maximum over [[0, 1]] (tensor<4xi32>) -> tensor<4xi32>',
+    'collective_permute over [[0, 1]] (tensor<2x4xf32>) -> tensor<2x4xf32>',
+  ]
+
+
+def test_functions_in_a_structure_are_the_same_in_each_process():
+  node = jax.tree_util.Partial(lambda x: x, jnp.zeros(3))
+  leaf, structure = desync.describe_tree({'f': node})
+  assert leaf.startswith("['f']") and 'float32[3]' in leaf
+  assert '<lambda>' in structure and '0x' not in structure

@@ -28,6 +28,12 @@ from jaxdist.compressors import rotated as rotated
 from jaxdist.compressors import sign as sign
 from jaxdist.compressors import ternary as ternary
 from jaxdist.compressors import top_k as top_k
+from jaxdist.hosts import DesyncError as DesyncError
+from jaxdist.hosts import MissingProcessError as MissingProcessError
+from jaxdist.hosts import World as World
+from jaxdist.hosts import assert_same as assert_same
+from jaxdist.hosts import assert_same_program as assert_same_program
+from jaxdist.hosts import initialize as initialize
 from jaxdist.outer import co2 as co2
 from jaxdist.outer import diloco as diloco
 from jaxdist.outer import fedavg as fedavg

@@ -1,8 +1,15 @@
-"""All that differs between the supported versions of JAX, 0.10 to 0.12."""
+"""All that differs between the supported versions of JAX, 0.10 to 0.12.
 
+Also all that JAX has and does not show.
+"""
+
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax._src import clusters, distributed
+from jax._src.lib import _jax
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -15,3 +22,39 @@ def varying_axes(x: Any) -> frozenset[str]:
   if hasattr(aval, 'mat'):
     return aval.mat.varying
   return aval.vma
+
+
+def detect_cluster(
+  coordinator_address: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  local_device_ids: Sequence[int] | None,
+  timeout_seconds: int,
+) -> tuple[Any, ...]:
+  """Fills in what TPU pods, Slurm, Open MPI and Kubernetes tell.
+
+  ``jax.distributed.initialize`` does so too, but keeps it to itself.
+  """
+  return clusters.ClusterEnv.auto_detect_unset_distributed_params(
+    coordinator_address,
+    num_processes,
+    process_id,
+    local_device_ids,
+    None,
+    timeout_seconds,
+  )
+
+
+def coordination_client() -> Any:
+  """The client of the coordination service, which has a key-value store."""
+  return distributed.global_state.client
+
+
+def set_gloo_host(host: str) -> None:
+  """Makes gloo listen at an address; to be called before JAX is first used.
+
+  JAX passes none on, and gloo takes what the machine's name resolves to.
+  """
+  _jax.make_gloo_tcp_collectives = functools.partial(
+    _jax.make_gloo_tcp_collectives, hostname=host
+  )

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int32
 from jaxdist import lifting, placement, shared
 from jaxdist import state as worker_state
 from jaxdist.communicators import checks, collectives
+from jaxdist.hosts import desync
 from jaxdist.state import PerShard, PerWorker
 from jaxdist.transforms.base import all_finite, where
 
@@ -68,6 +69,9 @@ def init(
     ValueError: if not exactly one of ``mesh`` and ``workers`` is given, the
       mesh has no such axis, ``specs`` do not fit it, or an Optax wrapper around
       a communicator cannot work.
+    DesyncError: if the mesh lies over several processes, and they differ in it
+      or in the structure of parameters or state; on all of them.
+    MissingProcessError: if one of them does not call this in time.
 
   Examples:
     >>> import jaxdist as jd
@@ -110,6 +114,7 @@ def init(
     return placement.placed_shapes(like, places)
   places = None  # As run leaves them.
   if mesh is not None:
+    desync.check_init(mesh, params, param_places, shapes)
     params = jax.device_put(params, param_places)
     if specs is not None:
       like = jax.eval_shape(run, params)
@@ -162,6 +167,9 @@ def train_step(
   Raises:
     ValueError: as :func:`init`; when called, if a batch cannot be divided, or
       updates or state differ between workers that should not.
+    DesyncError: when first called over several processes, if these are about to
+      run different programs; see :func:`jaxdist.assert_same_program`.
+    MissingProcessError: if one of them does not call it in time.
 
   Examples:
     >>> import jaxdist as jd
@@ -271,11 +279,13 @@ def train_step(
     return jax.jit(step, donate_argnums=0)
   batch_sharding = placement.batch_sharding(mesh, axis, batch_spec)
   is_explicit = AxisType.Explicit in mesh.axis_types
-  return jax.jit(
+  jitted = jax.jit(
     step,
     donate_argnums=0,
     in_shardings=None if is_explicit else (None, batch_sharding),
   )
+  several = len(desync.processes_of(mesh)) > 1
+  return desync.CheckedStep(jitted) if several else jitted
 
 
 def mean_params(state: TrainState) -> optax.Params:

@@ -13,14 +13,24 @@ AXIS = 'data'
 WORKERS = 8
 
 
-def prepare_devices(workers: int | None) -> None:
+def prepare_devices(workers: int | None, processes: int = 1) -> None:
   """Divides the CPU into devices; to be called before JAX is first used.
 
   Beside accelerators they cost nothing, and there is a mesh to compile for.
 
   Args:
     workers: how many; None for the usual number.
+    processes: how many divide them among each other.
+
+  Raises:
+    ValueError: they cannot be divided.
   """
+  workers = workers or max(WORKERS // processes, 1) * processes
+  if workers % processes:
+    raise ValueError(
+      f'--workers must be divisible by the number of processes, {processes}, '
+      f'got {workers}.'
+    )
   if not glob.glob('/dev/accel[0-9]*') + glob.glob('/dev/vfio/[0-9]*'):
     # A TPU compiler without a TPU complains unless it is told where it is.
     os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
@@ -28,7 +38,7 @@ def prepare_devices(workers: int | None) -> None:
   platforms = jax.config.jax_platforms
   if platforms and 'cpu' not in platforms.split(','):
     jax.config.update('jax_platforms', f'{platforms},cpu')
-  jax.config.update('jax_num_cpu_devices', workers or WORKERS)
+  jax.config.update('jax_num_cpu_devices', workers // processes)
   # With several steps in flight on few cores, a collective can wait for a
   # device that has no thread until the process is aborted.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
@@ -59,7 +69,12 @@ class Place(NamedTuple):
     """Gives each worker its rows."""
     if self.mesh is None:
       return jax.device_put(batch)
-    return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(AXIS)))
+    # Each process has the whole batch and puts what its own devices need.
+    return jax.make_array_from_callback(
+      batch.shape,
+      NamedSharding(self.mesh, PartitionSpec(AXIS)),
+      batch.__getitem__,
+    )
 
 
 def find_place(workers: int | None) -> Place:
@@ -70,9 +85,17 @@ def find_place(workers: int | None) -> Place:
 
   Returns:
     The place.
+
+  Raises:
+    ValueError: of several processes, some would have nothing to do.
   """
   devices = jax.devices()
   workers = workers or (len(devices) if len(devices) > 1 else WORKERS)
+  if jax.process_count() > 1 and workers != len(devices):
+    raise ValueError(
+      f'--workers must be the number of devices of all {jax.process_count()} '
+      f'processes, {len(devices)}, got {workers}.'
+    )
 
   def make_mesh(devices):
     return jax.make_mesh(

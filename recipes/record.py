@@ -56,10 +56,13 @@ class Folder:
   ``METHOD.traffic.json``   what the compiled step sends
   ``report.html``           plots and a table
   ========================  ==============================================
+
+  Of several processes all save checkpoints, and the first writes the rest.
   """
 
-  def __init__(self, path: Path):
+  def __init__(self, path: Path, writes: bool = True):
     self.path = path
+    self.writes = writes
     self.metrics = path / 'metrics.jsonl'
     self.settings = path / 'settings.json'
 
@@ -67,10 +70,15 @@ class Folder:
     """Where the checkpoints of a run are."""
     return self.path / 'checkpoints' / name
 
-  def open(
+  @property
+  def begun(self) -> bool:
+    """Whether it holds a comparison."""
+    return self.settings.exists()
+
+  def check(
     self, settings: dict[str, Any], resume: bool, overwrite: bool
   ) -> None:
-    """Begins a comparison, or goes on with one.
+    """Refuses what would lose or mix results; changes nothing.
 
     Args:
       settings: all that decides the numbers.
@@ -80,9 +88,8 @@ class Folder:
     Raises:
       ValueError: results would be lost, or mixed, or there are none.
     """
-    begun = self.settings.exists()
     if resume:
-      if not begun:
+      if not self.begun:
         raise ValueError(
           f'--resume must find a comparison in --out, got {self.path}: '
           'nothing was begun there.'
@@ -104,13 +111,17 @@ class Folder:
             f'{step} of {path.name} are missing: begin anew with --overwrite.'
           )
       return
-    if begun and not overwrite:
+    if self.begun and not overwrite:
       raise ValueError(
         f'--out must not hold results, got {self.path}: add --resume to go on '
         'with them or --overwrite to replace them.'
       )
-    self.clear()
-    replace(self.settings, json.dumps(settings, indent=2) + '\n')
+
+  def begin(self, settings: dict[str, Any]) -> None:
+    """Makes room for a comparison."""
+    if self.writes:
+      self.clear()
+      replace(self.settings, json.dumps(settings, indent=2) + '\n')
 
   def clear(self) -> None:
     """Removes what an earlier comparison left, and nothing else."""
@@ -125,7 +136,8 @@ class Folder:
 
   def save_traffic(self, run: Run) -> None:
     """Keeps what the compiled step sends."""
-    replace(self._traffic(run.name), run.traffic.to_json() + '\n')
+    if self.writes:
+      replace(self._traffic(run.name), run.traffic.to_json() + '\n')
 
   def load(self, name: str) -> Run:
     """A run that was finished before."""
@@ -159,11 +171,14 @@ class Folder:
       for line in self.load_lines()
       if line['run'] != name or line['step'] <= step
     ]
-    replace(self.metrics, ''.join(map(as_line, kept)))
+    if self.writes:
+      replace(self.metrics, ''.join(map(as_line, kept)))
     return [line for line in kept if line['run'] == name]
 
   def append(self, line: dict[str, Any], sync: bool) -> None:
     """Writes one line of metrics; ``sync`` also brings it to the disk."""
+    if not self.writes:
+      return
     with self.metrics.open('a') as file:
       file.write(as_line(line))
       if sync:

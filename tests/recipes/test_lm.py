@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import interrupt
 import jax
 import lm
 import methods
@@ -82,7 +83,7 @@ def run_main(monkeypatch, capsys):
   """Runs the command line in this process, whose devices are there already."""
 
   def run(*arguments):
-    monkeypatch.setattr(lm, 'prepare_devices', lambda workers: None)
+    monkeypatch.setattr(lm, 'prepare_devices', lambda *_: None)
     monkeypatch.setattr(sys, 'argv', ['lm.py', *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
       lm.main()
@@ -258,14 +259,48 @@ def test_ctrl_c_leaves_what_resume_goes_on_from(start, tmp_path):
 def test_second_ctrl_c_is_not_caught():
   before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
   try:
-    interrupt = lm.Interrupt(Console())
-    assert not interrupt.asked
+    asked = interrupt.Interrupt(Console(), jd.World())
+    assert not asked.stops_after(1)
     signal.raise_signal(signal.SIGINT)
-    assert interrupt.asked
+    assert asked.stops_after(1)
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+  'moment, expected',
+  [
+    # Before the first step, in the first run, before and after the second.
+    *((0, ('b', 3)), (1, ('b', 4)), (2, ('b', 5)), (3, ('c', 1)), (5, None)),
+  ],
+)
+def test_sigterm_is_heard_at_any_moment(moment, expected, monkeypatch):
+  # As JAX has it: the step after the last that was asked about.
+  jax_has = {'last': 0, 'stop': None}
+
+  def reached(step):
+    jax_has['last'] = step
+    return step == jax_has['stop']
+
+  monkeypatch.setattr(
+    interrupt.multihost_utils, 'reached_preemption_sync_point', reached
+  )
+  before = signal.getsignal(signal.SIGINT)
+  asked = interrupt.Interrupt(Console(), jd.World(0, 2))
+  signal.signal(signal.SIGINT, before)
+  stopped = None
+  # Resumed after step 2 of 5; the second run is new.
+  for number, at in enumerate(
+    [('b', 3), ('b', 4), ('b', 5), ('c', 1), ('c', 2)]
+  ):
+    if number == moment:
+      jax_has['stop'] = jax_has['last'] + 1
+    if asked.stops_after(at[1]):
+      stopped = at
+      break
+  assert stopped == expected
 
 
 # The command line.
@@ -286,6 +321,7 @@ def test_help_explains_each_method(run_main):
     (['--steps', 0], '--steps must be at least 1, got 0.'),
     (['--workers', 0], '--workers must be at least 1, got 0.'),
     (['--every-eval', 0], '--every-eval must be at least 1, got 0.'),
+    (['--check-sync', -1], '--check-sync must be at least 0, got -1.'),
     (['--heads', 3], '--width must be an even multiple of --heads'),
     (['--lr', -1], '--lr must be positive, got -1.0.'),
     (['--seed', 2**32], '--seed must be in [0, 2**32), got 4294967296.'),
@@ -334,14 +370,14 @@ def test_results_are_neither_lost_nor_mixed(run_main, tmp_path, monkeypatch):
 
 def test_lost_metrics_are_noticed(data, tmp_path):
   folder = record.Folder(tmp_path)
-  folder.open({'steps': 7}, resume=False, overwrite=False)
+  folder.begin({'steps': 7})
   lm.train(TINY, methods.DENSE, data, folder)
-  folder.open({'steps': 7}, resume=True, overwrite=False)
+  folder.check({'steps': 7}, resume=True, overwrite=False)
   first, *others = folder.metrics.read_text().splitlines(keepends=True)
   del first
   folder.metrics.write_text(''.join(others))
   with pytest.raises(ValueError, match='some of the 7 of dense are missing'):
-    folder.open({'steps': 7}, resume=True, overwrite=False)
+    folder.check({'steps': 7}, resume=True, overwrite=False)
 
 
 def test_folder_in_use_is_refused(run_main, tmp_path):

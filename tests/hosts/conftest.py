@@ -1,0 +1,6 @@
+"""The scripts here find their neighbours beside themselves; so do the tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

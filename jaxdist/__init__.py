@@ -34,6 +34,9 @@ from jaxdist.outer import fedavg as fedavg
 from jaxdist.outer import late_meetings as late_meetings
 from jaxdist.outer import local_sgd as local_sgd
 from jaxdist.outer import noloco as noloco
+from jaxdist.pack import UnpackError as UnpackError
+from jaxdist.pack import pack as pack
+from jaxdist.pack import unpack as unpack
 from jaxdist.planning import LINKS as LINKS
 from jaxdist.planning import Advice as Advice
 from jaxdist.planning import Candidate as Candidate

@@ -4,6 +4,13 @@ from jaxdist.accounting import Collective as Collective
 from jaxdist.accounting import Traffic as Traffic
 from jaxdist.accounting import topology_mesh as topology_mesh
 from jaxdist.accounting import traffic as traffic
+from jaxdist.checkpoint import (
+  CorruptCheckpointError as CorruptCheckpointError,
+)
+from jaxdist.checkpoint import (
+  CorruptCheckpointWarning as CorruptCheckpointWarning,
+)
+from jaxdist.checkpoint import Saver as Saver
 from jaxdist.checkpoint import checkpoint_metadata as checkpoint_metadata
 from jaxdist.checkpoint import latest_step as latest_step
 from jaxdist.checkpoint import restore as restore

@@ -229,7 +229,7 @@ def test_another_number_of_workers(tmp_path, make_mesh, old, new):
 
 
 def test_many_leaves_are_resized_a_few_at_a_time(tmp_path, monkeypatch):
-  monkeypatch.setattr('jaxdist.checkpoint._RESIZE_BATCH_BYTES', 100)
+  monkeypatch.setattr('jaxdist.checkpoint.loading._RESIZE_BATCH_BYTES', 100)
 
   def state(workers):
     rows = jnp.arange(workers * 5.0).reshape(workers, 5)

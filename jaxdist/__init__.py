@@ -24,6 +24,7 @@ from jaxdist.communicators import per_shard as per_shard
 from jaxdist.communicators import staged as staged
 from jaxdist.compressors import Compressor as Compressor
 from jaxdist.compressors import chained as chained
+from jaxdist.compressors import codebook as codebook
 from jaxdist.compressors import float4 as float4
 from jaxdist.compressors import float8 as float8
 from jaxdist.compressors import global_top_k as global_top_k

@@ -170,7 +170,7 @@ def _begin(directory, step, state, metadata, keep, copy):
   _check_keep(keep)
   metadata = {} if metadata is None else metadata
   _check_json(metadata)
-  arrays, leaves = _arrays_and_leaves(state, copy)
+  arrays, leaves = _arrays_and_leaves(state)
   newest = latest_step(directory)
   if newest is not None and step <= newest:
     raise ValueError(
@@ -178,6 +178,8 @@ def _begin(directory, step, state, metadata, keep, copy):
       f'{newest}, got {step}. To go on from an older one, remove those after '
       f'it or save elsewhere.'
     )
+  if copy:
+    arrays = {name: copied(x) for name, x in arrays.items()}
   seals = integrity.seal(arrays)
   for leaf in leaves:
     if leaf['path'] in seals:
@@ -219,7 +221,7 @@ def _named_errors(directory, step):
     ) from error
 
 
-def _arrays_and_leaves(state, copy):
+def _arrays_and_leaves(state):
   """The arrays that Orbax saves, by name, and JSON for each leaf."""
   arrays = {}
   leaves = []
@@ -232,7 +234,7 @@ def _arrays_and_leaves(state, copy):
     if leaf.per_worker:
       workers.setdefault(spec.shape[0], name)
     if 0 not in spec.shape:
-      arrays[leaf.name] = _to_save(leaf.value, copy)
+      arrays[leaf.name] = _to_save(leaf.value)
   if len(workers) > 1:
     (count, name), (other_count, other_name), *_ = workers.items()
     raise ValueError(
@@ -262,27 +264,29 @@ def _check_saveable(name, value):
     )
 
 
-def _to_save(value, copy):
-  """A leaf for Orbax; a copy if the original may be donated meanwhile."""
-  if not isinstance(value, jax.Array):
+def copied(value: Any) -> Any:
+  """A copy of an array in host memory, or as much of it as is there."""
+  if not isinstance(value, jax.Array) or value.is_fully_addressable:
     return np.array(value)
+  if any(device.platform != 'cpu' for device in value.devices()):
+    return value  # Orbax itself copies to the host before it returns.
+  parts = [
+    jax.device_put(np.array(part.data), part.device)
+    for part in value.addressable_shards
+  ]
+  return jax.make_array_from_single_device_arrays(
+    value.shape, value.sharding, parts
+  )
+
+
+def _to_save(value):
+  if not isinstance(value, jax.Array):
+    return np.asarray(value)
   if is_key(value):
     value = jax.random.key_data(value)
   # A process's own array is no part of a global state: the first process saves
   # its copy.
   is_local = jax.process_count() > 1 and value.is_fully_addressable
-  if copy and value.is_fully_addressable:
-    return np.array(value)
-  if copy and all(device.platform == 'cpu' for device in value.devices()):
-    # Elsewhere Orbax itself copies to the host before it returns.
-    return jax.make_array_from_single_device_arrays(
-      value.shape,
-      value.sharding,
-      [
-        jax.device_put(np.array(part.data), part.device)
-        for part in value.addressable_shards
-      ],
-    )
   return np.asarray(value) if is_local else value
 
 

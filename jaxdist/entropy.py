@@ -9,8 +9,8 @@ from jaxdist.digest import as_bytes
 
 # DEFLATE makes at most 258 bytes of two bits, and some at its ends.
 _LARGEST_RATIO = 1032
-_SAMPLE = 2**14  # Bytes of a plane that are tried.
-_WORTH_IT = 0.97  # Of the sample's size, or it is stored as it is.
+_SAMPLE = 2**14  # Numbers that are tried.
+_WORTH_IT = 0.97  # Of the size, or what is simpler is done.
 _RAW_WINDOW = -15  # DEFLATE without zlib's header and checksum.
 
 
@@ -30,7 +30,7 @@ STORED = 0
 
 
 class Plane(NamedTuple):
-  """One byte of each number of an array.
+  """One byte of each number of an array, or all of them.
 
   Attributes:
     method: ``STORED``, or how it was deflated.
@@ -44,26 +44,28 @@ class Plane(NamedTuple):
 def encode(x: np.ndarray) -> list[Plane]:
   r"""Writes an array's bytes in fewer, if that works.
 
-  The first, second, ... bytes of all numbers are coded apart: a float's
-  exponent, or a packed word of rare codes, is far from random even where a
-  mantissa is. Each plane is deflated (Huffman codes with or without references
-  to repetitions, RFC 1951) as was best for a sample of it, or stored.
+  They are deflated (RFC 1951: Huffman codes, with or without references to what
+  was there before), as is best for a sample: either in their order, or the
+  first, second, ... bytes of all numbers apart, since a float's exponent is far
+  from random even where its mantissa is.
 
   Args:
     x: an array of at least one number.
 
   Returns:
-    As many planes as a number has bytes, or one that holds the array as it is
-    if nothing is gained.
+    As many planes as a number has bytes, or one with all bytes in their order;
+    none is longer than what it stands for.
   """
-  flat = as_bytes(x)
-  planes = [
-    _encode_plane(np.ascontiguousarray(plane))
-    for plane in flat.reshape(-1, x.itemsize).T
-  ]
-  if all(plane.method == STORED for plane in planes):
-    return [Plane(STORED, flat)]
-  return planes
+  rows = as_bytes(x).reshape(-1, x.itemsize)
+  sample = _sample(rows)
+  apart = [_best(column) for column in sample.T]
+  together = _best(sample)
+  if sum(size for _, size in apart) < together[1]:
+    return [
+      _write(column, method)
+      for column, (method, _) in zip(rows.T, apart, strict=True)
+    ]
+  return [_write(rows, together[0])]
 
 
 def decode(planes: list[Plane], size: int, itemsize: int) -> np.ndarray:
@@ -91,25 +93,34 @@ def decode(planes: list[Plane], size: int, itemsize: int) -> np.ndarray:
   return flat.reshape(-1)
 
 
-def _encode_plane(plane):
-  sample = _sample(plane)
-  sizes = {n: len(_deflate(sample, method)) for n, method in _METHODS.items()}
-  best = min(sizes, key=sizes.get)
-  if sizes[best] < _WORTH_IT * len(sample):
-    data = _deflate(plane, _METHODS[best])
-    if len(data) < len(plane):
-      return Plane(best, data)
-  return Plane(STORED, plane)
-
-
-def _sample(plane):
-  """All of a short plane, pieces from everywhere of a long one."""
-  if len(plane) <= _SAMPLE:
-    return plane
+def _sample(rows):
+  """All of a few rows, pieces from everywhere of many."""
+  if len(rows) <= _SAMPLE:
+    return rows
   pieces = 16
   length = _SAMPLE // pieces
-  starts = np.linspace(0, len(plane) - length, pieces, dtype=np.int64)
-  return np.concatenate([plane[a : a + length] for a in starts])
+  starts = np.linspace(0, len(rows) - length, pieces, dtype=np.int64)
+  return np.concatenate([rows[a : a + length] for a in starts])
+
+
+def _best(data):
+  """The method that suits some bytes, and in how many it writes them."""
+  data = as_bytes(data)
+  sizes = {n: len(_deflate(data, method)) for n, method in _METHODS.items()}
+  # Huffman codes alone are written several times faster.
+  best = 1 if _WORTH_IT * sizes[1] < sizes[2] else 2
+  if sizes[best] < _WORTH_IT * len(data):
+    return best, sizes[best]
+  return STORED, len(data)
+
+
+def _write(data, method):
+  data = as_bytes(data)
+  if method != STORED:
+    deflated = _deflate(data, _METHODS[method])
+    if len(deflated) < len(data):
+      return Plane(method, deflated)
+  return Plane(STORED, data)
 
 
 def _deflate(data, method):

@@ -72,10 +72,10 @@ def pack(tree: Any, *, compress: bool = True) -> bytes:
 
   For what one process gives to another, or to a file: changes of parameters,
   payloads of a compressor. The numbers come back bit for bit, NaNs too. What
-  Huffman codes or repetitions make smaller is written so (DEFLATE, each byte of
-  a number apart); random bytes, such as those of float32 mantissas, are written
-  as they are. A SHA-256, cut to 16 bytes, tells damage. It does not tell
-  malice: anyone can write bytes with a right one.
+  Huffman codes or repetitions make smaller is written so (DEFLATE, the bytes of
+  a number apart where that is better); random bytes, such as those of float32
+  mantissas, are written as they are. A SHA-256, cut to 16 bytes, tells damage.
+  It does not tell malice: anyone can write bytes with a right one.
 
   Args:
     tree: of dicts with str or int keys, lists, tuples and None, or of any nodes
@@ -97,7 +97,7 @@ def pack(tree: Any, *, compress: bool = True) -> bytes:
     >>> import jaxdist as jd
     >>> data = jd.pack({'change': jnp.zeros(1000), 'round': 7})
     >>> len(data)
-    118
+    86
     >>> jd.unpack(data)['round']
     7
   """

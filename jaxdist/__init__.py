@@ -4,6 +4,13 @@ from jaxdist.accounting import Collective as Collective
 from jaxdist.accounting import Traffic as Traffic
 from jaxdist.accounting import topology_mesh as topology_mesh
 from jaxdist.accounting import traffic as traffic
+from jaxdist.checkpoint import (
+  CorruptCheckpointError as CorruptCheckpointError,
+)
+from jaxdist.checkpoint import (
+  CorruptCheckpointWarning as CorruptCheckpointWarning,
+)
+from jaxdist.checkpoint import Saver as Saver
 from jaxdist.checkpoint import checkpoint_metadata as checkpoint_metadata
 from jaxdist.checkpoint import latest_step as latest_step
 from jaxdist.checkpoint import restore as restore
@@ -17,6 +24,7 @@ from jaxdist.communicators import per_shard as per_shard
 from jaxdist.communicators import staged as staged
 from jaxdist.compressors import Compressor as Compressor
 from jaxdist.compressors import chained as chained
+from jaxdist.compressors import codebook as codebook
 from jaxdist.compressors import float4 as float4
 from jaxdist.compressors import float8 as float8
 from jaxdist.compressors import global_top_k as global_top_k
@@ -40,6 +48,9 @@ from jaxdist.outer import fedavg as fedavg
 from jaxdist.outer import late_meetings as late_meetings
 from jaxdist.outer import local_sgd as local_sgd
 from jaxdist.outer import noloco as noloco
+from jaxdist.pack import UnpackError as UnpackError
+from jaxdist.pack import pack as pack
+from jaxdist.pack import unpack as unpack
 from jaxdist.planning import LINKS as LINKS
 from jaxdist.planning import Advice as Advice
 from jaxdist.planning import Candidate as Candidate

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxdist.keys import is_key
 from jaxdist.state import Resize, is_per_worker
 
 
@@ -188,7 +189,7 @@ def resized(x: Any, like: NamedLeaf) -> Any:
     return x
   if _num_resized_axes(like.rule, shape) == 2:
     return _split(x, shape, like.name)
-  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+  if is_key(x):
     return _resize_keys(x, shape[0])
   return _keep_mean(x, shape[0])
 
@@ -208,14 +209,13 @@ def placed(x: Any, like: Any) -> Any:
     return x.item()
   if isinstance(like, np.ndarray | np.generic):
     return x if isinstance(like, np.ndarray) else x[()]
-  is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-  data = np.asarray(jax.random.key_data(x) if is_key else x)
+  data = np.asarray(jax.random.key_data(x) if is_key(x) else x)
   sharding = sharding_of(like)
   if sharding is None:
     data = jnp.asarray(data)
   else:
     data = jax.make_array_from_callback(data.shape, sharding, data.__getitem__)
-  if is_key:
+  if is_key(x):
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
   return data
 
@@ -232,15 +232,15 @@ def _resize_and_place(x, like):
   if isinstance(x, jax.Array) and is_array and x.shape == like.value.shape:
     sharding = sharding_of(like.value)
     return x if sharding is None else jax.device_put(x, sharding)
-  return placed(resized(_on_host(x), like), like.value)
+  return placed(resized(on_host(x), like), like.value)
 
 
-def _on_host(x):
+def on_host(x: Any) -> Any:
   """All of an array, also where other processes hold parts of it."""
   if not isinstance(x, jax.Array):
     return np.asarray(x)
-  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-    data = _on_host(jax.random.key_data(x))
+  if is_key(x):
+    data = on_host(jax.random.key_data(x))
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
   if x.is_fully_addressable or x.is_fully_replicated:
     return np.asarray(x)

@@ -1,7 +1,6 @@
 """Replicas that should be equal, and a check that they are."""
 
 import collections
-import hashlib
 from typing import Any
 
 import jax
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-_DIGEST_WORDS = 4
+from jaxdist.digest import DIGEST_BYTES, digest
+from jaxdist.keys import is_key
 
 
 class OutOfSyncError(AssertionError):
@@ -46,22 +46,22 @@ def assert_in_sync(tree: Any) -> None:
     >>> jd.assert_in_sync({'w': jnp.ones(3)})
   """
   copies = _copies(tree)
-  digests = np.zeros((len(copies), _DIGEST_WORDS), np.uint32)
+  digests = np.zeros((len(copies), DIGEST_BYTES), np.uint8)
   for row, copy in enumerate(copies):
     if copy.shard is not None:
-      digests[row] = _digest(_bits(copy.shard))
+      digests[row] = np.frombuffer(digest(_bits(copy.shard)), np.uint8)
   if jax.process_count() > 1:
     digests = _gather(tree, copies, digests)
 
   by_part = collections.defaultdict(list)
-  for copy, digest in zip(copies, digests, strict=True):
-    by_part[copy.name, copy.index].append((copy, digest.tobytes()))
+  for copy, row in zip(copies, digests, strict=True):
+    by_part[copy.name, copy.index].append((copy, row.tobytes()))
   errors = {}
   for (name, _), part in by_part.items():
-    usual = collections.Counter(digest for _, digest in part).most_common(1)
+    usual = collections.Counter(row for _, row in part).most_common(1)
     usual = usual[0][0]
-    same = [copy for copy, digest in part if digest == usual]
-    odd = [copy for copy, digest in part if digest != usual]
+    same = [copy for copy, row in part if row == usual]
+    odd = [copy for copy, row in part if row != usual]
     if odd:
       errors.setdefault(name, _describe(name, same, odd))
   if errors:
@@ -105,7 +105,8 @@ def _gather(tree, copies, digests):
     (jax.tree_util.keystr(path), jnp.shape(leaf), str(jnp.result_type(leaf)))
     for path, leaf in jax.tree.leaves_with_path(tree)
   ]
-  layout = _digest(repr((leaves, len(copies))).encode())
+  layout = digest(repr((leaves, len(copies))).encode())
+  layout = np.frombuffer(layout, np.uint8)
   layouts = multihost_utils.process_allgather(layout)  # the wire
   other = np.flatnonzero((layouts != layouts[0]).any(axis=1))
   if other.size:
@@ -138,16 +139,9 @@ def _describe(name, same, odd):
 
 def _bits(shard):
   """A device's copy as a flat NumPy array."""
-  if jnp.issubdtype(shard.dtype, jax.dtypes.prng_key):
+  if is_key(shard):
     shard = jax.random.key_data(shard)
   return np.ravel(shard)
-
-
-def _digest(data):
-  data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
-  data = data.view(np.uint8)
-  digest = hashlib.blake2b(data, digest_size=4 * _DIGEST_WORDS).digest()
-  return np.frombuffer(digest, np.uint32)
 
 
 def _difference(one, other):

@@ -27,6 +27,9 @@ _codes = [
   jd.sign(block_size=BLOCK),
   jd.ternary(block_size=BLOCK),
   jd.natural(block_size=BLOCK),
+  jd.codebook(3, block_size=BLOCK),
+  jd.codebook(5, density=0.2, block_size=BLOCK),
+  jd.codebook(2, density=0.2, block_size=None),
   jd.chained(
     jd.top_k(0.1, block_size=BLOCK), jd.quantize(bits=4, block_size=BLOCK)
   ),

@@ -1,9 +1,12 @@
 """Checkpoints come back bit for bit, or not at all."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -19,7 +22,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 import jaxdist as jd
+from jaxdist.checkpoint import saving
+from jaxdist.digest import digest
 from jaxdist.state import Drifts
+
+SMALL = range(1, 6)
 
 
 def make_state(seed=0, workers=8):
@@ -228,8 +235,50 @@ def test_another_number_of_workers(tmp_path, make_mesh, old, new):
   )
 
 
+def rows_of(workers):
+  """Eleven rows of one array, cut for a number of workers."""
+  each = -(-11 // workers)
+  rows = np.zeros((workers * each, 2), np.float32)
+  rows[:11] = np.arange(22).reshape(11, 2) + 1
+  return rows.reshape(workers, each, 2)
+
+
+def test_any_number_of_workers_to_any_other(tmp_path, make_mesh):
+  """All 25 pairs of 1 to 5, over meshes, against means in NumPy."""
+  rng = np.random.default_rng(0)
+  residuals = {n: rng.normal(size=(n, 7)).astype(np.float32) for n in SMALL}
+
+  def state(workers, residual):
+    return place(
+      {
+        'w': jnp.arange(3.0),
+        'residual': jd.PerWorker(jnp.asarray(residual)),
+        'rows': jd.PerWorker(jnp.asarray(rows_of(workers)), 'split'),
+        'count': jd.PerWorker(jnp.full(workers, 7)),
+      },
+      make_mesh(workers),
+    )
+
+  for old in SMALL:
+    jd.save(tmp_path / str(old), 1, state(old, residuals[old]))
+    for new in SMALL:
+      like = state(new, np.zeros((new, 7), np.float32))
+      got = jd.restore(tmp_path / str(old), like)
+      e = np.asarray(got['residual'].value)
+      assert e.shape == (new, 7)
+      np.testing.assert_allclose(
+        e.mean(axis=0), residuals[old].mean(axis=0), rtol=0, atol=1e-6
+      )
+      if old == new:
+        np.testing.assert_array_equal(e, residuals[old])
+      np.testing.assert_array_equal(got['rows'].value, rows_of(new))
+      np.testing.assert_array_equal(got['count'].value, np.full(new, 7))
+      np.testing.assert_array_equal(got['w'], np.arange(3))
+      assert got['residual'].value.sharding == like['residual'].value.sharding
+
+
 def test_many_leaves_are_resized_a_few_at_a_time(tmp_path, monkeypatch):
-  monkeypatch.setattr('jaxdist.checkpoint._RESIZE_BATCH_BYTES', 100)
+  monkeypatch.setattr('jaxdist.checkpoint.loading._RESIZE_BATCH_BYTES', 100)
 
   def state(workers):
     rows = jnp.arange(workers * 5.0).reshape(workers, 5)
@@ -391,9 +440,17 @@ def test_a_half_deleted_checkpoint_is_refused_and_removed(tmp_path):
 def test_checkpoints_of_another_format_are_refused(tmp_path):
   jd.save(tmp_path, 1, {'w': jnp.ones(2)})
   path = tmp_path / '1' / 'jaxdist' / 'data.json'
-  path.write_text(json.dumps(json.loads(path.read_text()) | {'format': 99}))
-  with pytest.raises(ValueError, match='has format 99; this version'):
-    jd.restore(tmp_path, {'w': jnp.ones(2)})
+  record = json.loads(path.read_text()) | {'format': 99}
+  del record['digest']
+  words = json.dumps(record, sort_keys=True).encode()
+  newer = record | {'digest': digest(words).hex()}
+  # The first format had no digests.
+  for other in (newer, record | {'format': 1}):
+    path.write_text(json.dumps(other))
+    message = f'has format {other["format"]}; this version .* reads format 2'
+    with pytest.raises(ValueError, match=message) as caught:
+      jd.restore(tmp_path, {'w': jnp.ones(2)})
+    assert not isinstance(caught.value, jd.CorruptCheckpointError)
 
 
 def test_what_a_killed_save_leaves_is_ignored_and_removed(tmp_path):
@@ -403,6 +460,97 @@ def test_what_a_killed_save_leaves_is_ignored_and_removed(tmp_path):
   jd.restore(tmp_path, {'w': jnp.ones(2)})
   jd.save(tmp_path, 3, {'w': jnp.ones(2)})
   assert sorted(os.listdir(tmp_path)) == ['1', '3']
+
+
+def test_a_saver_writes_what_there_was(tmp_path, make_mesh):
+  """Also when the state is donated, and overwritten, right behind it."""
+  step = jax.jit(
+    lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0
+  )
+  host = np.zeros(3)
+  start = {
+    'w': jnp.zeros(300_000),
+    'e': jd.PerWorker(jnp.zeros((8, 1000))),
+  }
+  state = place(start, make_mesh())
+  with jd.Saver(tmp_path, keep=3) as saver:
+    for number in (1, 2, 3):
+      state = jax.block_until_ready(step(state))
+      host[:] = number
+      saver.save(number, {**state, 'host': host}, metadata={'n': number})
+    state = jax.block_until_ready(step(state))
+    host[:] = 9
+  for number in (1, 2, 3):
+    like = {**abstract(state), 'host': host}
+    for leaf in jax.tree.leaves(jd.restore(tmp_path, like, step=number)):
+      np.testing.assert_array_equal(leaf, number)
+    assert jd.checkpoint_metadata(tmp_path, number) == {'n': number}
+  # Writing is too fast here to be overtaken for sure.
+  for leaf in (host, jnp.zeros(300_000)):
+    copied = saving.copied(leaf)
+    assert not np.shares_memory(copied, np.asarray(leaf))
+
+
+@contextlib.contextmanager
+def small_files():
+  """No file may grow beyond 64 kB: what a full disk does, for one process."""
+  resource = pytest.importorskip('resource')
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def noise(seed):
+  return {'w': np.random.default_rng(seed).normal(size=50_000)}
+
+
+NOT_SAVED = (
+  r'step 2 was not saved in .*: File too large\. Checkpoints that were there '
+  r'still are'
+)
+
+
+def test_a_full_disk_is_named_and_training_can_go_on(tmp_path, capfd, caplog):
+  jd.save(tmp_path, 1, noise(1))
+  with small_files(), pytest.raises(OSError, match=NOT_SAVED) as caught:
+    jd.save(tmp_path, 2, noise(2))
+  assert caught.value.errno == errno.EFBIG
+  # The error says it all; Orbax would log pages.
+  assert not caplog.records and not capfd.readouterr().err
+  np.testing.assert_array_equal(
+    jd.restore(tmp_path, noise(0))['w'], noise(1)['w']
+  )
+  jd.save(tmp_path, 2, noise(2))
+  assert sorted(os.listdir(tmp_path)) == ['1', '2']
+
+
+def test_a_saver_raises_at_the_next_call(tmp_path):
+  saver = jd.Saver(tmp_path)
+  saver.save(1, noise(1))
+  saver.wait()
+  with small_files():
+    saver.save(2, noise(2))
+    with pytest.raises(OSError, match=NOT_SAVED):
+      saver.save(3, noise(3))
+  saver.wait()  # Once is enough.
+  saver.save(3, noise(3))
+  saver.wait()
+  assert sorted(os.listdir(tmp_path)) == ['1', '3']
+  with small_files(), pytest.raises(OSError, match='step 4 was not saved'):  # noqa: SIM117
+    with jd.Saver(tmp_path) as saver:
+      saver.save(4, noise(4))
+  with pytest.raises(ValueError, match='keep must be at least 1, got 0'):
+    jd.Saver(tmp_path, keep=0)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+  (tmp_path / 'file').write_text('')
+  message = r'step 1 was not saved in .*file/run: Not a directory'
+  with pytest.raises(OSError, match=message):
+    jd.save(tmp_path / 'file' / 'run', 1, noise(1))
 
 
 def start(script, *args):
@@ -427,11 +575,17 @@ state = lambda step: {
   'e': jd.PerWorker(jnp.full((4, 1000), step)),
 }
 jax.block_until_ready(state(0))
+directory, keep, kind = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+if kind == 'saver':
+  saver = jd.Saver(directory, keep=keep)
+  save = lambda *args: (saver.save(*args), saver.wait())
+else:
+  save = lambda *args: jd.save(directory, *args, keep=keep)
 print('ready', flush=True)
 sys.stdin.readline()
 for step in itertools.count(1):
   print('saving', step, flush=True)
-  jd.save(sys.argv[1], step, state(step), keep=int(sys.argv[2]))
+  save(step, state(step))
   print('saved', step, flush=True)
 """
 
@@ -453,22 +607,28 @@ def kill_while_saving(saver, after, fraction):
     return after + sum(line.startswith('saved') for line in saver.stdout)
 
 
-def test_a_killed_save_leaves_the_newest_committed_one_whole(tmp_path):
+def check_killed_saves(directory, trials, seed):
+  """Of so many savers, killed at random moments, each leaves a whole state."""
   # Seeded, but the moment also depends on how busy the machine is.
-  rng = random.Random(0)
+  rng = random.Random(seed)
   like = {
     'w': [jax.ShapeDtypeStruct((50_000,), jnp.int32) for _ in range(4)],
     'e': jd.PerWorker(jax.ShapeDtypeStruct((4, 1000), jnp.int32)),
   }
-  paths = {tmp_path / str(trial): 1 + trial % 2 for trial in range(5)}
-  savers = [start(SAVES_FOR_EVER, path, keep) for path, keep in paths.items()]
+  kinds = ['save', 'saver', 'save']
+  paths = {
+    directory / str(trial): (1 + trial % 2, kinds[trial % 3])
+    for trial in range(trials)
+  }
+  savers = [start(SAVES_FOR_EVER, path, *how) for path, how in paths.items()]
   try:
-    for saver, (path, keep) in zip(savers, paths.items(), strict=True):
+    for saver, (path, (keep, _)) in zip(savers, paths.items(), strict=True):
       saved = kill_while_saving(saver, rng.randint(1, 3), rng.uniform(0, 1))
       # The save that was killed may have been committed just before.
       newest = jd.latest_step(path)
       assert newest in (saved, saved + 1)
       restored = jd.restore(path, like)
+      assert jd.latest_step(path) == newest
       assert all((x == newest).all() for x in jax.tree.leaves(restored))
       jd.save(path, newest + 1, restored, keep=keep)
       kept = range(newest + 2 - keep, newest + 2)
@@ -476,6 +636,16 @@ def test_a_killed_save_leaves_the_newest_committed_one_whole(tmp_path):
   finally:
     for saver in savers:
       saver.kill()
+
+
+def test_a_killed_save_leaves_the_newest_committed_one_whole(tmp_path):
+  check_killed_saves(tmp_path, trials=4, seed=0)
+
+
+@pytest.mark.slow
+def test_50_killed_saves_leave_the_newest_committed_one_whole(tmp_path):
+  for seed in range(10):
+    check_killed_saves(tmp_path / str(seed), trials=5, seed=seed)
 
 
 ONE_OF_TWO = """
@@ -499,6 +669,8 @@ value = np.arange(8, dtype=np.float32).reshape(4, 2)
 state = {'w': make(value), 'e': jd.PerWorker(make(value, 'data')), 'n': 3}
 jd.assert_in_sync(state)
 jd.save(directory, 1, state)
+with jd.Saver(directory) as saver:
+  saver.save(2, state)
 restored = jd.restore(directory, state)
 jax.tree.map(lambda x, y: np.testing.assert_array_equal(
   *(jax.experimental.multihost_utils.process_allgather(z, tiled=True)
@@ -509,6 +681,11 @@ half = jax.make_mesh((2,), ('data',), devices=mesh.devices[::2])
 small = jax.ShapeDtypeStruct(
   (2, 2), jnp.float32, sharding=NamedSharding(half, P('data')))
 small = jd.restore(directory, state | {'e': jd.PerWorker(small)})['e'].value
+turned = jax.ShapeDtypeStruct(
+  (4, 2), jnp.float32, sharding=NamedSharding(half, P(None, 'data')))
+turned = jd.restore(directory, state | {'e': jd.PerWorker(turned)})['e'].value
+np.testing.assert_array_equal(
+  turned.addressable_shards[0].data, value[:, int(rank):int(rank) + 1])
 np.testing.assert_array_equal(
   small.addressable_shards[0].data, [[[1, 2]], [[5, 6]]][int(rank)])
 
@@ -524,6 +701,20 @@ try:
   jd.assert_in_sync(state | {'n': 3.0 if rank == '1' else 3})
 except jd.OutOfSyncError as error:
   print('found:', error)
+
+# One process finds it, all go back a step.
+import warnings
+from jaxdist.checkpoint import integrity
+check, answers = integrity.check, ["['e'][2:3, 0:2]"]
+if rank == '1':
+  integrity.check = lambda *args: answers.pop() if answers else check(*args)
+with warnings.catch_warnings(record=True) as caught:
+  warnings.simplefilter('always')
+  back = jd.restore(directory, state)
+print('back at', jd.latest_step(directory))
+print(*[x.message for x in caught
+        if x.category is jd.CorruptCheckpointWarning])
+assert back['e'].value.sharding == state['e'].value.sharding
 """
 
 
@@ -539,6 +730,8 @@ def test_two_processes(tmp_path):
       rank.kill()
   assert [rank.returncode for rank in ranks] == [0, 0]
   for output in outputs:
+    assert 'back at 1' in output
+    assert re.search(r"/2 is damaged: \['e'\]\[2:3.* Restored step 1", output)
     found = [line for line in output.splitlines() if line.startswith('found:')]
     differs, other_tree = found
     assert differs.startswith("found: ['w'] is out of sync")

@@ -3,6 +3,8 @@
 from jaxdist.compressors.base import Compressor as Compressor
 from jaxdist.compressors.base import Packed as Packed
 from jaxdist.compressors.chained import chained as chained
+from jaxdist.compressors.codebook import Codebook as Codebook
+from jaxdist.compressors.codebook import codebook as codebook
 from jaxdist.compressors.float4 import float4 as float4
 from jaxdist.compressors.float8 import float8 as float8
 from jaxdist.compressors.identity import identity as identity

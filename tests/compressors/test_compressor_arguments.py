@@ -16,6 +16,7 @@ WITH_BLOCKS = {
   'sign': jd.sign,
   'ternary': jd.ternary,
   'natural': jd.natural,
+  'codebook': jd.codebook,
 }
 
 
@@ -27,7 +28,15 @@ def test_block_sizes_are_multiples_of_128(name, size):
     WITH_BLOCKS[name](block_size=size)
 
 
-@pytest.mark.parametrize('factory', [jd.top_k, jd.random_k, jd.global_top_k])
+@pytest.mark.parametrize(
+  'factory',
+  [
+    jd.top_k,
+    jd.random_k,
+    jd.global_top_k,
+    lambda density: jd.codebook(density=density),
+  ],
+)
 @pytest.mark.parametrize('density', [0.0, -0.5, 1.01, float('nan')])
 def test_densities_are_parts(factory, density):
   rule = f'density must be above 0 and at most 1, got {density}'
@@ -38,6 +47,11 @@ def test_densities_are_parts(factory, density):
 def test_choices_are_listed():
   with pytest.raises(ValueError, match='bits must be 8 or 4 or 2, got 3'):
     jd.quantize(bits=3)
+  for levels in (1, 17):
+    with pytest.raises(
+      ValueError, match=f'levels must be 2 to 16, got {levels}'
+    ):
+      jd.codebook(levels)
   for factory in (jd.top_k, jd.global_top_k):
     rule = "values must be 'float32' or 'bfloat16', got 'float16'"
     with pytest.raises(ValueError, match=rule):
@@ -48,6 +62,8 @@ def test_wrong_types():
   # The tests' type checker would answer first: take it off.
   with pytest.raises(TypeError, match=r'block_size must be an int, got 128\.0'):
     inspect.unwrap(jd.sign)(block_size=128.0)
+  with pytest.raises(TypeError, match='levels must be an int, got True'):
+    inspect.unwrap(jd.codebook)(True)
   with pytest.raises(TypeError, match="density must be a number, got 'all'"):
     inspect.unwrap(jd.top_k)('all')
   with pytest.raises(TypeError, match='stochastic must be True or False, got'):

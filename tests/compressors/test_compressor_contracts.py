@@ -35,6 +35,9 @@ WORDS = {
   'sign(block_size=128)': 4 + 1,
   'ternary(block_size=128)': 7 + 1,
   'natural(block_size=128)': 32 + 1,
+  'codebook(3, block_size=128)': 8 + 3,
+  'codebook(5, density=0.2, block_size=128)': 12 + 5,
+  'codebook(2, density=0.2, block_size=None)': 4 + 2,
   'chained(top_k(0.1, block_size=128), quantize(bits=4, block_size=128))': (
     3 + 2 + 1
   ),

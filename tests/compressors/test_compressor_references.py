@@ -75,6 +75,41 @@ def test_stochastic_quantize_to_two_bits():
   )
 
 
+@pytest.mark.parametrize(('levels', 'density'), [(3, 1.0), (3, 0.2), (8, 0.5)])
+def test_codebook(levels, density):
+  x = data()
+  y = decoded(jd.codebook(levels, density=density), x)
+  for row, got in zip(x.astype(np.float64), y, strict=True):
+    kept = row.copy()
+    kept[np.abs(row).argsort()[: row.size - round(density * row.size)]] = 0
+    book = np.linspace(kept.min(), kept.max(), levels)
+    zero = np.abs(book).argmin() if density < 1 else -1
+    for _ in range(4):
+      book = np.where(np.arange(levels) == zero, 0, book)
+      mine = np.abs(kept[:, None] - book).argmin(1)
+      used = set(mine) - {zero}
+      book = [
+        kept[mine == j].mean() if j in used else c for j, c in enumerate(book)
+      ]
+    np.testing.assert_allclose(got, np.asarray(book)[mine], 1e-5, 1e-7)
+
+
+def test_codebook_keeps_what_it_can():
+  """Its limits: as few values as levels, evenly spaced; one value; an order."""
+  rng = np.random.default_rng(3)
+  few = rng.choice([-2, 1, 4], (2, 128)).astype(np.float32)
+  np.testing.assert_array_equal(decoded(jd.codebook(3), few), few)
+  sparse = np.where(rng.uniform(size=few.shape) < 0.1, few, 0)
+  for code in (jd.codebook(4, density=0.2), jd.codebook(16)):
+    np.testing.assert_allclose(decoded(code, sparse), sparse, 1e-6)
+  same = np.full((2, 128), 0.3, np.float32)
+  np.testing.assert_allclose(decoded(jd.codebook(3), same), same, 1e-6)
+  order = rng.permutation(128)
+  for code in (jd.codebook(3), jd.codebook(3, density=0.2)):
+    y = decoded(code, data()[:, order])
+    np.testing.assert_allclose(y, decoded(code, data())[:, order], 1e-5)
+
+
 def test_sign():
   x = data()
   x[0, :5] = 0

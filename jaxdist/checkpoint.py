@@ -155,7 +155,10 @@ def restore(
   record = _read_record(path)
   specs = {
     leaf['path']: LeafSpec(
-      tuple(leaf['shape']), leaf['dtype'], leaf['per_worker']
+      tuple(leaf['shape']),
+      leaf['dtype'],
+      leaf['per_worker'],
+      leaf.get('parts', 1),
     )
     for leaf in record['leaves']
   }

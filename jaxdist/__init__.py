@@ -17,6 +17,7 @@ from jaxdist.checkpoint import restore as restore
 from jaxdist.checkpoint import save as save
 from jaxdist.communicators import Communicator as Communicator
 from jaxdist.communicators import gossip as gossip
+from jaxdist.communicators import hierarchical as hierarchical
 from jaxdist.communicators import low_rank_mean as low_rank_mean
 from jaxdist.communicators import mean as mean
 from jaxdist.communicators import partition as partition

@@ -6,12 +6,12 @@ import jax
 import optax
 
 from jaxdist.communicators import collectives
-from jaxdist.state import PerWorker, is_per_worker
+from jaxdist.state import Axis, PerWorker, is_per_worker
 from jaxdist.transforms.base import Layout
 
 
 def lifted(
-  tx: optax.GradientTransformation, axis: str
+  tx: optax.GradientTransformation, axis: Axis
 ) -> optax.GradientTransformationExtraArgs:
   """A transform whose wrappers say which of their state differs by worker.
 

@@ -12,7 +12,14 @@ from jax.sharding import (
   PartitionSpec,
 )
 
-from jaxdist.state import PerShard, PerWorker, is_per_worker, shard_spec
+from jaxdist.state import (
+  Axis,
+  PerShard,
+  PerWorker,
+  axis_names,
+  is_per_worker,
+  shard_spec,
+)
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -89,7 +96,7 @@ def shard_shape(
   return tuple(cut)
 
 
-def param_shardings(params: Any, mesh: AnyMesh, axis: str, specs: Any) -> Any:
+def param_shardings(params: Any, mesh: AnyMesh, axis: Axis, specs: Any) -> Any:
   """Shardings of the parameters, the same for all workers.
 
   Args:
@@ -108,7 +115,7 @@ def param_shardings(params: Any, mesh: AnyMesh, axis: str, specs: Any) -> Any:
   paths, treedef = jax.tree_util.tree_flatten_with_path(params)
   if specs is None:
     specs = PartitionSpec()
-  sizes = {k: v for k, v in mesh.shape.items() if k != axis}
+  sizes = {k: v for k, v in mesh.shape.items() if k not in axis_names(axis)}
   types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
   shardings = []
   for (path, leaf), spec in zip(paths, leaf_specs(specs, params), strict=True):
@@ -125,7 +132,7 @@ def param_shardings(params: Any, mesh: AnyMesh, axis: str, specs: Any) -> Any:
   return treedef.unflatten(shardings)
 
 
-def state_shardings(state: Any, mesh: AnyMesh, axis: str, specs: Any) -> Any:
+def state_shardings(state: Any, mesh: AnyMesh, axis: Axis, specs: Any) -> Any:
   """Shardings of a :class:`jaxdist.TrainState`.
 
   A leaf that is shaped as a parameter and whose path ends as the parameter's,
@@ -181,7 +188,7 @@ def state_shardings(state: Any, mesh: AnyMesh, axis: str, specs: Any) -> Any:
 
 
 def batch_sharding(
-  mesh: AnyMesh, axis: str, batch_spec: PartitionSpec | None
+  mesh: AnyMesh, axis: Axis, batch_spec: PartitionSpec | None
 ) -> NamedSharding:
   """Sharding of a batch whose leading axis is divided among the workers.
 
@@ -194,7 +201,9 @@ def batch_sharding(
     The sharding.
   """
   first, *rest = batch_spec or (None,)
-  return NamedSharding(mesh, PartitionSpec((axis, *_entry_axes(first)), *rest))
+  return NamedSharding(
+    mesh, PartitionSpec((*axis_names(axis), *_entry_axes(first)), *rest)
+  )
 
 
 def placed_shapes(shapes: Any, shardings: Any) -> Any:

@@ -31,6 +31,11 @@ def resize(state: Any, like: Any) -> Any:
   rows of one array, padded with zeros at the end, and cuts it anew. What has no
   rows, such as an optimizer's counter for its part, follows ``'mean'``.
 
+  ``'zero'`` keeps nothing: what the workers had was a copy of something else,
+  in a form that cannot be averaged.
+
+  Workers that hold several ``parts`` in turn are taken part by part.
+
   All other leaves pass through. With as many workers as before, nothing
   changes. Runs inside ``jit`` too, where it is the caller's ``out_shardings``
   that place the result; outside of it, what changes goes through host memory,
@@ -74,11 +79,13 @@ class LeafSpec(NamedTuple):
     shape: of all workers' values, if per worker.
     dtype: its name.
     per_worker: whether the leaf sits in a :class:`jaxdist.PerWorker`.
+    parts: that node's ``parts``.
   """
 
   shape: tuple[int, ...]
   dtype: str
   per_worker: bool
+  parts: int = 1
 
 
 class NamedLeaf(NamedTuple):
@@ -89,12 +96,14 @@ class NamedLeaf(NamedTuple):
     value: an array or ``jax.ShapeDtypeStruct``.
     per_worker: whether it sits in a :class:`jaxdist.PerWorker`.
     rule: that node's ``resize``.
+    parts: that node's ``parts``.
   """
 
   name: str
   value: Any
   per_worker: bool
   rule: Resize | None
+  parts: int = 1
 
   def spec(self) -> LeafSpec:
     """Shape, dtype and place of the leaf."""
@@ -107,7 +116,7 @@ class NamedLeaf(NamedTuple):
         f'{self.name or "the state"} is per worker and has no worker axis: '
         f"give the state as seen from outside, not one worker's view."
       )
-    return LeafSpec(shape, str(value.dtype), self.per_worker)
+    return LeafSpec(shape, str(value.dtype), self.per_worker, self.parts)
 
 
 def named_leaves(tree: Any) -> list[NamedLeaf]:
@@ -115,10 +124,10 @@ def named_leaves(tree: Any) -> list[NamedLeaf]:
   leaves = []
   for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_per_worker):
     per_worker = is_per_worker(node)
-    rule = node.resize if per_worker else None
+    rule, parts = (node.resize, node.parts) if per_worker else (None, 1)
     for inner_path, value in jax.tree.leaves_with_path(node):
       name = jax.tree_util.keystr((*path, *inner_path))
-      leaves.append(NamedLeaf(name, value, per_worker, rule))
+      leaves.append(NamedLeaf(name, value, per_worker, rule, parts))
   return leaves
 
 
@@ -148,6 +157,12 @@ def check_leaves(
       raise ValueError(
         f'{name} has dtype {there.dtype} in {where} and {asked.dtype} in '
         f'`like`.'
+      )
+    if there.parts != asked.parts:
+      raise ValueError(
+        f'{name} is held in {there.parts} parts in {where} and in '
+        f'{asked.parts} in `like`: the number of devices inside a slice cannot '
+        f'change.'
       )
     if there.shape == asked.shape:
       continue
@@ -187,6 +202,14 @@ def resized(x: Any, like: NamedLeaf) -> Any:
   shape = np.shape(like.value)
   if x.shape == shape:
     return x
+  if like.rule == 'zero':
+    return np.zeros(shape, x.dtype)
+  if like.parts > 1:
+    one = (shape[0] // like.parts, *shape[1:])
+    one = like._replace(value=jax.ShapeDtypeStruct(one, x.dtype), parts=1)
+    each = [resized(x[part :: like.parts], one) for part in range(like.parts)]
+    xp = np if isinstance(x, np.ndarray) else jnp
+    return xp.stack(each, axis=1).reshape(shape)
   if _num_resized_axes(like.rule, shape) == 2:
     return _split(x, shape, like.name)
   if is_key(x):
@@ -285,7 +308,9 @@ def _split(x, shape, name):
 
 
 def _num_resized_axes(rule, shape):
-  """How many leading axes change with the number of workers."""
+  """How many leading axes may change with the number of workers."""
+  if rule == 'zero':
+    return len(shape)
   return 2 if rule == 'split' and len(shape) > 1 else 1
 
 

@@ -8,14 +8,14 @@ import optax
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxdist.communicators import collectives
-from jaxdist.state import PerWorker, is_per_worker, local, specs
+from jaxdist.state import Axis, PerWorker, is_per_worker, local, specs
 
 
 class NotSharedError(ValueError):
   """What all workers must have alike differs between them."""
 
 
-def check_shared(tree: Any, axis: str, what: str) -> None:
+def check_shared(tree: Any, axis: Axis, what: str) -> None:
   """Raises if a leaf that is not per worker differs between workers.
 
   Args:
@@ -26,11 +26,9 @@ def check_shared(tree: Any, axis: str, what: str) -> None:
   Raises:
     NotSharedError: naming the leaf.
   """
-  if not collectives.is_tracked(axis):
-    return
   paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_per_worker)
   for path, leaf in paths:
-    if is_per_worker(leaf) or not collectives.varies(leaf, axis):
+    if is_per_worker(leaf) or not collectives.differs_along(leaf, axis):
       continue
     advice = (
       f'tx has no communicator along this axis. Put one first, as in '

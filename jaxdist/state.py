@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int32
 
-Resize = Literal['mean', 'split']
+Resize = Literal['mean', 'split', 'zero']
+Axis = str | tuple[str, ...]  # of the workers: one, or several, outermost first
+
+
+def axis_names(axis: Axis) -> tuple[str, ...]:
+  """The names of the axes that the workers lie along."""
+  return (axis,) if isinstance(axis, str) else axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +36,21 @@ class PerWorker:
       keeps the mean over the workers, as residuals and drifting parameters
       need (integers, such as step counters, are the same on all workers and
       stay). ``'split'``: the workers hold consecutive rows of one array, which
-      is cut anew. ``None``: it cannot be resized, and restoring it for another
-      number of workers is refused.
+      is cut anew. ``'zero'``: it is zeros for another number of workers.
+      ``None``: it cannot be resized, and restoring it for another number of
+      workers is refused.
+    parts: how many parts the workers hold in turn, worker i that of number
+      ``i % parts``. Only the workers of one part are taken together when their
+      number changes; the number of parts cannot.
   """
 
   value: Any
   resize: Resize | None = 'mean'
+  parts: int = 1
 
 
 jax.tree_util.register_dataclass(
-  PerWorker, data_fields=['value'], meta_fields=['resize']
+  PerWorker, data_fields=['value'], meta_fields=['resize', 'parts']
 )
 
 
@@ -154,12 +165,12 @@ def map_per_worker(per_worker, shared, tree: Any) -> Any:
   return jax.tree.map(visit, tree, is_leaf=is_per_worker)
 
 
-def specs(tree: Any, axis: str) -> Any:
+def specs(tree: Any, axis: Axis) -> Any:
   """PartitionSpecs of a state, as seen from outside the workers.
 
   Args:
     tree: a state, or any pytree that may contain :class:`PerWorker`.
-    axis: name of the mesh axis that the workers lie along.
+    axis: name of the mesh axis that the workers lie along, or of several.
 
   Returns:
     A tree of the same structure: ``P(axis)`` for per-worker leaves, ``P()`` for

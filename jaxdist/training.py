@@ -1,5 +1,6 @@
 """A training step over all workers, on a mesh or simulated on one device."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxdist import lifting, placement, shared
 from jaxdist import state as worker_state
 from jaxdist.communicators import checks, collectives
 from jaxdist.hosts import desync
-from jaxdist.state import PerShard, PerWorker
+from jaxdist.state import Axis, PerShard, PerWorker, axis_names
 from jaxdist.transforms.base import all_finite, where
 
 
@@ -40,7 +41,7 @@ def init(
   tx: optax.GradientTransformation,
   params: optax.Params,
   *,
-  axis: str,
+  axis: Axis,
   mesh: Mesh | AbstractMesh | None = None,
   workers: int | None = None,
   specs: Any = None,
@@ -51,7 +52,8 @@ def init(
     tx: a transform that owns a communicator along ``axis``.
     params: the parameters, the same for all workers. Shapes and dtypes
       (``jax.ShapeDtypeStruct``) give the state's shapes, dtypes and shardings.
-    axis: name of the axis that the workers lie along.
+    axis: name of the axis that the workers lie along, or of several, as for
+      :func:`jaxdist.hierarchical`.
     mesh: the devices; one worker for each position along ``axis``, of all the
       devices along the mesh's other axes. For :func:`jaxdist.traffic` an
       abstract mesh will do, with shapes as ``params``.
@@ -102,7 +104,11 @@ def init(
     param_places = placement.param_shardings(params, mesh, axis, specs)
     everywhere = PartitionSpec()
     shapes = collectives.shapes_inside(
-      worker_init, everywhere, params, mesh=mesh, axis_names={axis}
+      worker_init,
+      everywhere,
+      params,
+      mesh=mesh,
+      axis_names=set(axis_names(axis)),
     )
     run = _on_mesh(worker_init, everywhere, shapes, mesh, axis)
   is_abstract = lambda x: isinstance(x, jax.ShapeDtypeStruct)
@@ -126,7 +132,7 @@ def train_step(
   loss_fn: Callable[[optax.Params, Any], jax.Array],
   tx: optax.GradientTransformation,
   *,
-  axis: str,
+  axis: Axis,
   mesh: Mesh | AbstractMesh | None = None,
   workers: int | None = None,
   specs: Any = None,
@@ -148,7 +154,7 @@ def train_step(
   Args:
     loss_fn: from parameters and one worker's batch to a scalar loss.
     tx: a transform that owns a communicator along ``axis``.
-    axis: name of the axis that the workers lie along.
+    axis: of the workers, as for :func:`init`.
     mesh: the devices, as for :func:`init`.
     workers: instead of ``mesh``, so many simulated workers on one device.
     specs: how parameters are cut inside a worker, as for :func:`init`. The
@@ -190,7 +196,7 @@ def train_step(
       f'mesh, got batch_spec={batch_spec!r} and mesh={mesh!r}.'
     )
   tx = lifting.lifted(tx, axis)
-  count = workers if mesh is None else mesh.shape[axis]
+  count = workers if mesh is None else _num_workers(mesh, axis)
 
   def worker_update(grads, opt_state, params, **extra_args):
     updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
@@ -355,9 +361,13 @@ def _on_mesh(fn, in_specs, out_like, mesh, axis):
     mesh=mesh,
     in_specs=in_specs,
     out_specs=worker_state.specs(out_like, axis),
-    axis_names={axis},
-    check_vma=mesh.shape[axis] > 1,  # One worker: see collectives.psum.
+    axis_names=set(axis_names(axis)),
+    check_vma=_num_workers(mesh, axis) > 1,  # One worker: see collectives.psum.
   )
+
+
+def _num_workers(mesh, axis):
+  return math.prod(mesh.shape[name] for name in axis_names(axis))
 
 
 def _vmap_axes(tree):
@@ -376,9 +386,14 @@ def _check_workers(mesh, workers, axis, specs):
       f'give either mesh (real devices) or workers (simulated on one device), '
       f'got mesh={mesh!r} and workers={workers!r}.'
     )
-  if mesh is not None and axis not in mesh.axis_names:
+  if mesh is not None and not set(axis_names(axis)) <= set(mesh.axis_names):
     raise ValueError(
       f'axis must be one of the axes of the mesh, {mesh.axis_names}, got '
+      f'{axis!r}.'
+    )
+  if mesh is None and not isinstance(axis, str):
+    raise ValueError(
+      f'axis must be one where workers are simulated; several need a mesh: got '
       f'{axis!r}.'
     )
   if workers is not None:

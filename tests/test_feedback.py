@@ -53,8 +53,8 @@ def held_back(state, tree, bucket_size=None):
   ``bucket_size`` is in numbers, for communicators of several buckets.
   """
   if isinstance(state, DelayedState):
-    pending = jax.tree.map(lambda x: x.mean(0), state.pending.value)
-    return flat(pending) + held_back(state.communicator, tree)
+    in_flight = np.concatenate([np.ravel(x.mean(0)) for x in state.sent.value])
+    return in_flight + held_back(MeanState(None, state.dropped), tree)
   if isinstance(state, StagedState):
     return sum(held_back(stage, tree) for stage in state.states)
   if isinstance(state, dict):  # partition

@@ -55,8 +55,6 @@ def test_an_exchange_in_flight_that_overflows_is_given_up(method):
   np.testing.assert_array_equal(updates[0, :, 0], [0, 1, 1, 0, 1, 1])
   np.testing.assert_array_equal(state.communicator.lost, np.ones(WORKERS))
   np.testing.assert_array_equal(state.skipped, np.zeros(WORKERS))
-  # The exchange that was given up is as if it had never been.
-  np.testing.assert_array_equal(state.communicator.communicator.count, [5] * 4)
   for leaf in jax.tree.leaves((state.residual, updates)):
     assert np.isfinite(leaf).all()
 

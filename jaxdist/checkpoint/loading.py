@@ -128,7 +128,10 @@ def _read(path, like):
   record = integrity.together(lambda: read_record(path))
   specs = {
     leaf['path']: LeafSpec(
-      tuple(leaf['shape']), leaf['dtype'], leaf['per_worker']
+      tuple(leaf['shape']),
+      leaf['dtype'],
+      leaf['per_worker'],
+      leaf.get('parts', 1),
     )
     for leaf in record['leaves']
   }

@@ -2,6 +2,7 @@
 
 from jaxdist.communicators.base import Communicator as Communicator
 from jaxdist.communicators.gossip import gossip as gossip
+from jaxdist.communicators.hierarchical import hierarchical as hierarchical
 from jaxdist.communicators.low_rank import low_rank_mean as low_rank_mean
 from jaxdist.communicators.mean import mean as mean
 from jaxdist.communicators.partition import partition as partition

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdist.communicators import collectives
+from jaxdist.state import Axis
 
 Leaves = list[Float[Array, '...']]
 
@@ -22,27 +24,31 @@ class Communicator:
 
   Attributes:
     name: how it was made, for reports.
-    axis: the axis (or axes, comma-separated) that it sends along.
+    axis: the axis that it sends along; the axes, from the slowest link to the
+      fastest, of :func:`jaxdist.hierarchical`.
     init: ``(tree, feedback) -> state``. ``tree`` gives shapes. With
       ``feedback`` the state also holds what a second encoding drops.
     exchange: ``(tree, state) -> (result, sent, state)``. ``result`` is what the
       worker goes on with; ``sent`` (float32) is what this worker's own
       contribution decoded to, which feedback needs.
     bytes_sent: ``(tree, workers) -> bytes`` that a worker sends in one exchange
-      along a ring; the compiled program sends the same.
+      along a ring; the compiled program sends the same. ``workers`` are as many
+      numbers as there are axes.
     contraction: the smallest contraction of the codes in it.
     unbiased: whether every code in it is unbiased.
     agrees: whether ``result`` is the same on all workers.
+    late: whether ``result`` is of what was handed in one exchange ago.
   """
 
   name: str
-  axis: str
+  axis: Axis
   init: Callable[..., Any]
   exchange: Callable[[Any, Any], tuple[Any, Any, Any]]
-  bytes_sent: Callable[[Any, int], float]
+  bytes_sent: Callable[[Any, Any], float]
   contraction: float = 1.0
   unbiased: bool = True
   agrees: bool = True
+  late: bool = False
 
   def __repr__(self) -> str:
     return self.name
@@ -105,14 +111,14 @@ def cast(x: jax.Array, dtype: Any) -> jax.Array:
   return jnp.clip(x, -top, top).astype(dtype)
 
 
-def check_not_reduced(tree: Any, axis: str) -> None:
+def check_not_reduced(tree: Any, axis: Axis) -> None:
   """Raises if a leaf is known to be the same on all workers already."""
-  if not collectives.is_tracked(axis):
-    return
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if is_exchanged(leaf) and not collectives.varies(leaf, axis):
+    for name in collectives.agrees_along(leaf, axis):
+      if not is_exchanged(leaf):
+        continue
       raise ValueError(
-        f'updates must differ between the workers of axis {axis!r}, but '
+        f'updates must differ between the workers of axis {name!r}, but '
         f'updates{jax.tree_util.keystr(path)} is already the same on all: it '
         f'was reduced before, and compressing it would save nothing. Inside '
         f'jax.shard_map, jax.grad with respect to replicated parameters '
@@ -123,15 +129,16 @@ def check_not_reduced(tree: Any, axis: str) -> None:
 
 def over_leaves(
   name: str,
-  axis: str,
+  axis: Axis,
   init: Callable[[list[jax.ShapeDtypeStruct], bool], Any],
   exchange: Callable[[Leaves, Any], tuple[Leaves, Leaves, Any]],
-  bytes_sent: Callable[[list[jax.ShapeDtypeStruct], int], float],
+  bytes_sent: Callable[[list[jax.ShapeDtypeStruct], Any], float],
   alone: Callable[[Leaves, Any], tuple[Leaves, Any]] = lambda *args: args,
   *,
   contraction: float,
   unbiased: bool,
   agrees: bool = True,
+  late: bool = False,
 ) -> Communicator:
   """Makes a communicator from functions on a list of float32 leaves.
 
@@ -150,6 +157,8 @@ def over_leaves(
     contraction: see :class:`Communicator`.
     unbiased: see :class:`Communicator`.
     agrees: see :class:`Communicator`.
+    late: see :class:`Communicator`; a result that a narrow dtype has no room
+      for would be so each time, and is cut to its range.
 
   Returns:
     The communicator.
@@ -173,9 +182,10 @@ def over_leaves(
       new = iter(new)
       # Empty leaves are fresh where all is to agree: their type then says so.
       passed = lambda leaf: jnp.zeros(leaf.shape) if agrees else leaf
+      fit = cast if late else (lambda x, dtype: x.astype(dtype))
       return jax.tree.map(
-        lambda leaf: (next(new) if is_exchanged(leaf) else passed(leaf)).astype(
-          dtype or leaf.dtype
+        lambda leaf: fit(
+          next(new) if is_exchanged(leaf) else passed(leaf), dtype or leaf.dtype
         ),
         tree,
       )
@@ -195,7 +205,8 @@ def over_leaves(
 
   def bytes_fn(tree, workers):
     shapes = shapes_of(tree)
-    return bytes_sent(shapes, workers) if shapes and workers > 1 else 0.0
+    is_alone = np.prod(workers) == 1
+    return bytes_sent(shapes, workers) if shapes and not is_alone else 0.0
 
   return Communicator(
     name,
@@ -206,4 +217,5 @@ def over_leaves(
     contraction=contraction,
     unbiased=unbiased,
     agrees=agrees,
+    late=late,
   )

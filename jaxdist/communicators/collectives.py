@@ -6,16 +6,23 @@ it are refused. These wrappers choose by context, so that the code above them
 is the same everywhere.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from jaxdist import compat
+from jaxdist.state import Axis, axis_names
+
+_parts_along: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+  'axes over which a worker is cut', default=frozenset()
+)
 
 
-def axis_size(axis: str) -> int:
-  """The number of workers along an axis.
+def axis_size(axis: Axis) -> int:
+  """The number of workers along an axis, or several.
 
   Raises:
     ValueError: if no such axis is bound here.
@@ -31,17 +38,26 @@ def axis_size(axis: str) -> int:
     ) from None
 
 
-def is_tracked(axis: str) -> bool:
+def is_tracked(axis: Axis) -> bool:
   """Whether array types here say if they vary along ``axis``."""
   try:
-    return axis in compat.varying_axes(jax.lax.axis_index(axis))
+    index = jax.lax.axis_index(axis)
   except NameError:  # Not bound: an init outside of the workers.
     return False
+  return compat.varying_axes(index) >= set(axis_names(axis))
 
 
-def varies(x: Any, axis: str) -> bool:
-  """Whether ``x`` may differ between workers; True where it isn't tracked."""
-  return not is_tracked(axis) or axis in compat.varying_axes(x)
+def agrees_along(x: Any, axis: Axis) -> list[str]:
+  """The axes of the workers along which ``x`` is known to be the same."""
+  varying = compat.varying_axes(x)
+  names = axis_names(axis) if is_tracked(axis) else ()
+  return [name for name in names if name not in varying]
+
+
+def differs_along(x: Any, axis: Axis) -> list[str]:
+  """The axes of the workers along which ``x`` is not known to be the same."""
+  varying = compat.varying_axes(x)
+  return [name for name in axis_names(axis) if name in varying]
 
 
 def shard_key(key: jax.Array, x: jax.Array, axis: str) -> jax.Array:
@@ -50,33 +66,45 @@ def shard_key(key: jax.Array, x: jax.Array, axis: str) -> jax.Array:
   It differs along the other axes that ``x`` is cut over, and not along
   ``axis``.
   """
-  for other in sorted(compat.varying_axes(x) - {axis}):
+  others = compat.varying_axes(x) | _parts_along.get()
+  for other in sorted(others - {axis}):
     key = jax.random.fold_in(key, jax.lax.axis_index(other))
   return key
 
 
-def vary(tree: Any, axis: str) -> Any:
+@contextlib.contextmanager
+def cut_along(axis: str) -> Iterator[None]:
+  """Lets :func:`shard_key` know, where types don't say it.
+
+  What is traced inside works on one of the parts that the devices along
+  ``axis`` have of the same arrays.
+  """
+  token = _parts_along.set(_parts_along.get() | {axis})
+  try:
+    yield
+  finally:
+    _parts_along.reset(token)
+
+
+def vary(tree: Any, axis: Axis) -> Any:
   """Marks arrays as possibly different on each worker; moves nothing."""
-  if not is_tracked(axis):
-    return tree
-  return jax.tree.map(
-    lambda x: (
-      x
-      if axis in compat.varying_axes(x)
-      else jax.lax.pcast(x, axis, to='varying')
-    ),
-    tree,
-  )
+
+  def marked(x):
+    missing = tuple(agrees_along(x, axis))
+    return jax.lax.pcast(x, missing, to='varying') if missing else x
+
+  return jax.tree.map(marked, tree)
 
 
-def psum(tree: Any, axis: str) -> Any:
+def psum(tree: Any, axis: Axis) -> Any:
   """The sum over workers; the same on every worker, and known to be.
 
   Over one worker, where ``shard_map`` does not track types, it is no operation
   at all: XLA fails on a sum over one device beside axes that the partitioner
   manages.
   """
-  is_manual = axis in jax.sharding.get_abstract_mesh().manual_axes
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  is_manual = set(axis_names(axis)) <= set(manual)
   if axis_size(axis) == 1 and is_manual and not is_tracked(axis):
     return tree
   return jax.lax.psum(tree, axis)
@@ -88,12 +116,26 @@ def all_gather(x: jax.Array, axis: str) -> jax.Array:
   It travels flat: TPUs send whole tiles, and rows that do not fill theirs would
   send up to a fifth more.
   """
+  if axis_size(axis) == 1:
+    return psum(x, axis)[None]
   flat = x.reshape(-1)
   if axis in compat.varying_axes(x):
     gathered = jax.lax.all_gather(flat, axis, to='invarying')
   else:
     gathered = jax.lax.all_gather(flat, axis)
   return gathered.reshape(-1, *x.shape)
+
+
+def reduce_scatter(x: jax.Array, axis: str) -> jax.Array:
+  """Worker i gets the sum over workers of their rows i.
+
+  Of vectors, and of a matrix by its few rows, TPUs would send the whole sum to
+  all: rows are of a multiple of 128 numbers, to be cut into many.
+  """
+  if axis_size(axis) == 1:
+    return x[0]
+  lanes = x.reshape(-1, 128)
+  return jax.lax.psum_scatter(lanes, axis, tiled=True).reshape(x.shape[1:])
 
 
 def all_to_all(words: jax.Array, axis: str) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int32
 
 from jaxdist.communicators import base, buckets, checks, collectives
-from jaxdist.communicators.mean import payload_shape
+from jaxdist.communicators.rounds import payload_shape
 from jaxdist.compressors import base as codes
 from jaxdist.compressors.identity import identity
 from jaxdist.state import PerWorker

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdist.communicators import collectives
-from jaxdist.state import Clock, Drifts, PerWorker
+from jaxdist.state import Axis, Clock, Drifts, PerWorker
 from jaxdist.transforms import base
 
 
@@ -30,7 +30,7 @@ class Meeting(NamedTuple):
       next meeting; ``None`` if all always do.
   """
 
-  axis: str
+  axis: Axis
   init: Callable[[optax.Params], Any]
   meet: Callable[[optax.Params, Any, int], tuple[optax.Params, Any]]
   turns: int = 1

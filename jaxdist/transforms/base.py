@@ -12,6 +12,7 @@ from jaxdist.communicators import checks
 from jaxdist.communicators.base import Communicator, cast, check_not_reduced
 from jaxdist.communicators.base import all_finite as all_finite
 from jaxdist.communicators.base import where as where
+from jaxdist.state import Axis
 
 
 @jax.tree_util.register_static
@@ -59,7 +60,7 @@ class Layout:
         )
 
 
-def check_updates(updates: optax.Updates, layout: Layout, axis: str) -> None:
+def check_updates(updates: optax.Updates, layout: Layout, axis: Axis) -> None:
   """Raises if updates changed since init, or were reduced before."""
   layout.check(updates)
   check_not_reduced(updates, axis)

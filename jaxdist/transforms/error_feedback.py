@@ -10,7 +10,7 @@ from jaxtyping import Array, Int32
 
 from jaxdist.communicators import collectives
 from jaxdist.communicators.base import Communicator
-from jaxdist.state import PerWorker
+from jaxdist.state import Axis, PerWorker
 from jaxdist.transforms import base
 
 
@@ -99,7 +99,7 @@ def error_feedback(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def zero_residual(params: optax.Params, axis: str) -> PerWorker:
+def zero_residual(params: optax.Params, axis: Axis) -> PerWorker:
   """A residual before anything was dropped."""
   return PerWorker(collectives.vary(base.zeros(params), axis))
 

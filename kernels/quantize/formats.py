@@ -19,6 +19,7 @@ from jaxdist.kernels.numbers import (
   from_float_bits,
   largest_magnitude,
   relative,
+  row_sum,
 )
 
 STEP = 0.9957  # Of the best 4-level uniform quantizer of a Gaussian; Max, 1960.
@@ -81,13 +82,13 @@ def _encode_four_levels(x, dither):
     up = _rounded(jnp.clip(1.5 * y + 1.5 + dither, 0, 3))
     return (up + 2) & 3, largest * jnp.float32(1 / 3)
   magnitude = jnp.abs(y)
-  rms = jnp.sqrt(jnp.mean(y * y, axis=1, keepdims=True))
-  big = magnitude >= STEP * rms
+  rms = jnp.sqrt(row_sum(y * y) * (1 / x.shape[1]))
+  # Compared as integers: XLA:CPU would write the limit down for each number.
+  big = float_bits(magnitude) >= float_bits(STEP * rms)
   # Least squares makes the decoded row a projection of the row, so it is never
   # longer than the row, whatever the distribution.
   level = jnp.where(big, 3.0, 1.0)
-  a = jnp.sum(level * magnitude, axis=1, keepdims=True)
-  a = a / jnp.sum(level * level, axis=1, keepdims=True) * largest
+  a = row_sum(level * magnitude) / row_sum(level * level) * largest
   return jnp.where(y < 0, 3, 0) ^ jnp.where(big, 1, 0), a
 
 
@@ -100,7 +101,7 @@ def _encode_sign(x, dither):
   del dither
   # The sum of a row of large numbers would overflow; relative ones do not.
   largest = largest_magnitude(x)
-  mean = jnp.mean(relative(jnp.abs(x), largest), axis=1, keepdims=True)
+  mean = row_sum(jnp.abs(relative(x, largest))) * (1 / x.shape[1])
   return jnp.where(x < 0, 1, 0), mean * largest
 
 

@@ -17,11 +17,14 @@ class Form:
       means everywhere.
     unsupported: takes what ``function`` takes and says what it would need
       instead, or ``None`` if it takes these; without it, it takes everything.
+    automatic: whether it may be chosen where none is named. A form that never
+      ran on its hardware may not.
   """
 
   function: Callable[..., Any]
   platforms: tuple[str, ...] | None = None
   unsupported: Callable[..., str | None] | None = None
+  automatic: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Op:
         f'implementation of {self.name} must be one of '
         f'{", ".join(map(repr, self.forms))} or None, got {implementation!r}.'
       )
-    forms = list(self.forms.values())
+    forms = [form for form in self.forms.values() if form.automatic]
     if implementation is not None:
       forms = [self.forms[implementation]]
       needs = _unsupported(forms[0], arrays, options)

@@ -34,7 +34,8 @@ class Op:
   Attributes:
     name: of the operation, for errors.
     forms: implementations by name. ``'xla'``, the definition, is always there
-      and runs everywhere.
+      and runs everywhere. Of two for the same platform, the later one is
+      chosen where it can be.
   """
 
   name: str

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float32, UInt32
 
 from jaxdist.kernels.checks import check_between, check_rows, check_shape
 from jaxdist.kernels.dispatch import Form, Op
-from jaxdist.kernels.top_k import cpu, reference, tpu
+from jaxdist.kernels.top_k import cpu, reference, threshold, tpu
 
 
 def _form(module, name, platform, cannot, static):
@@ -15,11 +15,12 @@ def _form(module, name, platform, cannot, static):
   return Form(kernel, (platform,), cannot)
 
 
-def _selection(name):
+def _selection(name, **long_rows):
   return Op(
     name,
     {
       'xla': Form(getattr(reference, name)),
+      **long_rows,
       'cpu': _form(cpu, name, 'cpu', cpu.cannot_select, 'k'),
       'tpu': _form(tpu, name, 'tpu', tpu.cannot_select, 'k'),
     },
@@ -36,7 +37,9 @@ def _scattering(name):
   )
 
 
-_top_k = _selection('top_k')
+_top_k = _selection(
+  'top_k', threshold=Form(threshold.top_k, None, threshold.cannot_select)
+)
 _with_feedback = _selection('top_k_with_feedback')
 _scatter = _scattering('scatter')
 _scatter_mean = _scattering('scatter_mean')

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from jaxdist.kernels.numbers import float_bits
+from jaxdist.kernels.numbers import column_sum
+from jaxdist.kernels.top_k.reference import ranks
 
 LANES = 128  # Rows abreast.
 FEWEST = 2**18  # Numbers in all rows; sorting fewer takes no time.
-INFINITY = 0x7F800000  # The bits of a float.
 WORD = 32  # Bits.
 
 
@@ -26,8 +26,10 @@ def cannot_select(x: Any, *residual: Any, k: int) -> str | None:
   """What :func:`top_k`, with feedback or without, would need instead."""
   del residual
   rows, size = x.shape
-  if rows * size < FEWEST:
-    return f'at least {FEWEST} numbers, not {rows * size}'
+  if rows * size < FEWEST or rows < LANES:
+    return (
+      f'at least {FEWEST} numbers in {LANES} rows, not {rows * size} in {rows}'
+    )
   if 2 * k * _group(size, k) > size:
     return f'k that is small beside the length of a row, not {k} of {size}'
   return None
@@ -41,28 +43,16 @@ def _group(size: int, k: int) -> int:
   return group
 
 
-def _ranks(x):
-  """Integers in the definition's order of magnitudes, NaN as infinity."""
-  return jnp.minimum(float_bits(jnp.abs(x)), INFINITY)
-
-
 def _turned(x: Int32[Array, 'rows n']) -> Int32[Array, 'b m lanes']:
   """Rows as columns, 128 abreast, of a multiple of 32 numbers."""
   rows, n = x.shape
-  ends = (0, -rows % LANES), (0, -n % WORD)
-  x = jnp.pad(x, ends, constant_values=-1)  # Below all ranks.
+  # Zeros at the end are below all numbers, or equal and further on.
+  x = jnp.pad(x, ((0, -rows % LANES), (0, -n % WORD)))
   return jnp.swapaxes(x.reshape(-1, LANES, x.shape[1]), 1, 2)
 
 
 def _count(mask: Bool[Array, 'b m lanes']) -> Int32[Array, 'b 1 lanes']:
-  """How many are set of each column."""
-  # By halves: XLA:CPU writes one loop of vectors. For a sum it takes number by
-  # number, and is ten times slower.
-  count = mask.astype(jnp.int32)
-  while count.shape[1] % 2 == 0:
-    half = count.shape[1] // 2
-    count = count[:, :half] + count[:, half:]
-  return sum(count[:, i : i + 1] for i in range(count.shape[1]))
+  return column_sum(mask.astype(jnp.int32))
 
 
 def _last(bits: int, fits: Callable[[Array], Array], like: Array) -> Array:
@@ -75,15 +65,14 @@ def _last(bits: int, fits: Callable[[Array], Array], like: Array) -> Array:
   return jax.lax.fori_loop(0, bits, try_bit, jnp.zeros_like(like))
 
 
-def _places(ranks: Int32[Array, 'rows n'], k: int) -> Int32[Array, 'rows k']:
+def _places(rank: Int32[Array, 'rows n'], k: int) -> Int32[Array, 'rows k']:
   """Where each row's ``k`` largest are, in order of place."""
-  rows, n = ranks.shape
-  # Written down turned: XLA would turn them again wherever they are read.
-  ranks = jax.lax.optimization_barrier(_turned(ranks))
-  place = jax.lax.broadcasted_iota(jnp.int32, ranks.shape, 1)
-  like = ranks[:, :1]
-  least = _last(31, lambda trial: _count(ranks >= trial) >= k, like)
-  larger, equal = ranks > least, ranks == least
+  rows, n = rank.shape
+  rank = _turned(rank)
+  place = jax.lax.broadcasted_iota(jnp.int32, rank.shape, 1)
+  like = rank[:, :1]
+  least = _last(31, lambda trial: _count(rank >= trial) >= k, like)
+  larger, equal = rank > least, rank == least
   room = k - _count(larger)
   # Ties go to the lower places.
   fits = lambda trial: _count(equal & (place < trial)) <= room
@@ -91,7 +80,7 @@ def _places(ranks: Int32[Array, 'rows n'], k: int) -> Int32[Array, 'rows k']:
   taken = larger | (equal & (place < end))
 
   # As bits, of which the lowest is taken out k times.
-  taken = taken.astype(jnp.uint32).reshape(len(ranks), -1, WORD, LANES)
+  taken = taken.astype(jnp.uint32).reshape(len(rank), -1, WORD, LANES)
   taken <<= jnp.arange(WORD, dtype=jnp.uint32)[:, None]
   words = jnp.sum(taken, axis=2, dtype=jnp.uint32)
   which = jax.lax.broadcasted_iota(jnp.int32, words.shape, 1)
@@ -116,10 +105,10 @@ def top_k(
   rows, size = x.shape
   group = _group(size, k)
   grouped = x.reshape(rows, -1, group)
-  maxima = jnp.max(_ranks(grouped), axis=2)
+  maxima = jnp.max(ranks(grouped), axis=2)
   groups = _places(maxima, k)
   few = jnp.take_along_axis(grouped, groups[:, :, None], 1, mode='clip')
-  places = _places(_ranks(few.reshape(rows, -1)), k)
+  places = _places(ranks(few.reshape(rows, -1)), k)
   of_group = jnp.take_along_axis(groups, places // group, 1, mode='clip')
   indices = of_group * group + places % group
   values = jnp.take_along_axis(x, indices, 1, mode='clip')
@@ -138,10 +127,10 @@ def top_k_with_feedback(
   target = x + residual
   values, indices = top_k(target, k=k)
   # What is larger is sent, and what is equal up to the last place sent.
-  ranks, places = _ranks(values), indices.astype(jnp.int32)
-  least = jnp.min(ranks, axis=1, keepdims=True)
-  last = jnp.where(ranks == least, places, -1).max(axis=1, keepdims=True)
-  rank = _ranks(target)
+  kept, places = ranks(values), indices.astype(jnp.int32)
+  least = jnp.min(kept, axis=1, keepdims=True)
+  last = jnp.where(kept == least, places, -1).max(axis=1, keepdims=True)
+  rank = ranks(target)
   place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
   sent = (rank > least) | ((rank == least) & (place <= last))
   return values, indices, jnp.where(sent, 0.0, target)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from simulated import simulated
 
-from jaxdist.kernels.top_k import api, cpu, reference, tpu
+from jaxdist.kernels.top_k import api, cpu, reference, threshold, tpu
 
 
 def hard_rows(rows, size):
@@ -53,11 +53,29 @@ def test_cpu_form_is_the_definition(size, k):
   np.testing.assert_array_equal(got[2], want[2])
 
 
-def test_large_arrays_on_cpu_are_not_sorted():
-  text = jax.jit(lambda x: api.top_k(x, 10)).lower(jnp.zeros((256, 1024)))
-  assert 'top_k' not in text.compile().as_text().lower()
-  with pytest.raises(NotImplementedError, match='at least 262144 numbers, not'):
+@pytest.mark.parametrize('k', [1, 999, 40_000])
+def test_long_rows_are_the_definition(k):
+  x = hard_rows(6, 40_000)
+  x = x.at[3].set(jnp.where(jnp.arange(40_000) % 3, 0.25, jnp.nan))
+  got = jax.jit(lambda x: threshold.top_k(x, k=k))(x)
+  want = reference.top_k(x, k=k)
+  np.testing.assert_array_equal(got[1], np.sort(want[1], axis=1))
+  np.testing.assert_array_equal(got[0], by_place(*want)[0])
+
+
+@pytest.mark.parametrize(
+  ('shape', 'sorts'), [((256, 1024), 0), ((1, 2**17), 0), ((8, 1024), 1)]
+)
+def test_large_arrays_on_cpu_are_not_sorted(shape, sorts):
+  program = jax.jit(lambda x: api.top_k(x, 10)).lower(jnp.zeros(shape))
+  assert program.compile().as_text().count('"TopK"') == sorts
+
+
+def test_what_other_forms_cannot_take():
+  with pytest.raises(NotImplementedError, match='at least 262144 numbers in'):
     api.top_k(jnp.zeros((2, 1024)), 10, implementation='cpu')
+  with pytest.raises(NotImplementedError, match='at least 131072 numbers, not'):
+    api.top_k(jnp.zeros((2, 1024)), 10, implementation='threshold')
 
 
 @pytest.mark.parametrize('gathers', [True, False])

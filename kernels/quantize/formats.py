@@ -52,11 +52,11 @@ class Format:
   stochastic: bool = False
 
 
-def _rounded(y):
+def rounded(y):
   """Integers nearest to small floats, ties to even."""
   # Where the float's step is 1, adding rounds, and the low bits are the
   # integer in two's complement.
-  return float_bits(y + 1.5 * 2.0**23) - float_bits(jnp.float32(1.5 * 2.0**23))
+  return float_bits(y + 1.5 * 2.0**23) - 0x4B400000
 
 
 def _encode_grid(bits, x, dither):
@@ -66,7 +66,7 @@ def _encode_grid(bits, x, dither):
   if dither is not None:
     # The largest is a rounding away from the end of the grid, on either side.
     y = jnp.clip(y + dither, -q_max, q_max)
-  return _rounded(y) & (2**bits - 1), scale
+  return rounded(y) & (2**bits - 1), scale
 
 
 def _decode_grid(bits, top, scale):
@@ -79,7 +79,7 @@ def _encode_four_levels(x, dither):
   y = relative(x, largest)  # No sum of squares overflows now.
   if dither is not None:
     # Neighbouring levels are 2a apart, and a is a third of the largest.
-    up = _rounded(jnp.clip(1.5 * y + 1.5 + dither, 0, 3))
+    up = rounded(jnp.clip(1.5 * y + 1.5 + dither, 0, 3))
     return (up + 2) & 3, largest * jnp.float32(1 / 3)
   magnitude = jnp.abs(y)
   rms = jnp.sqrt(row_sum(y * y) * (1 / x.shape[1]))
@@ -133,7 +133,7 @@ def _encode_minifloat(exponent_bits, mantissa_bits, largest, x, dither):
   even = (bits >> drop) & 1
   normal = (bits + (2 ** (drop - 1) - 1) + even) >> drop
   normal -= (126 + least) << mantissa_bits
-  subnormal = _rounded(y * 2.0 ** (mantissa_bits - least))
+  subnormal = rounded(y * 2.0 ** (mantissa_bits - least))
   codes = jnp.where(y < 2.0**least, subnormal, normal)
   sign = jnp.where(x < 0, 1 << (exponent_bits + mantissa_bits), 0)
   return (codes & (2 ** (exponent_bits + mantissa_bits) - 1)) | sign, scale

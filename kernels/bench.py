@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdist.kernels import schedule, shapes
+from jaxdist.kernels.hadamard import api as rotation
 from jaxdist.kernels.pack.api import num_words
 from jaxdist.kernels.quantize import api as quantization
 from jaxdist.kernels.quantize.formats import FORMATS
@@ -66,11 +67,15 @@ def floats(*shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+def _key() -> jax.ShapeDtypeStruct:
+  return jax.eval_shape(lambda: jax.random.key(0))
+
+
 def quantize_cases(implementation: str | None, size: int) -> Iterator[Case]:
   """Quantization in all formats, with feedback, and the mean of payloads."""
   rows = shapes.NUMBERS // size
   x, options = floats(rows, size), {'implementation': implementation}
-  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = _key()
   for name, code in FORMATS.items():
     for random in [False, True][: 1 + code.stochastic]:
 
@@ -113,9 +118,16 @@ def top_k_cases(implementation: str | None, size: int) -> Iterator[Case]:
       yield Case(f'mean of {workers} top-{k}', x.shape, mean, arrays)
 
 
+def rotate_cases(implementation: str | None, size: int) -> Iterator[Case]:
+  """Rotation."""
+  x, key = floats(shapes.NUMBERS // size, size), _key()
+  turn = functools.partial(rotation.rotate, implementation=implementation)
+  yield Case('rotate', x.shape, turn, (x, key))
+
+
 def cases(implementation: str | None, size: int, only: str) -> Iterator[Case]:
   """The operations with ``only`` in their names, on rows of a size."""
-  for some in (quantize_cases, top_k_cases):
+  for some in (quantize_cases, top_k_cases, rotate_cases):
     for case in some(implementation, size):
       if only in case.op:
         yield case

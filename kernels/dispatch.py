@@ -18,11 +18,14 @@ class Form:
       means everywhere.
     unsupported: takes what ``function`` takes and says what it would need
       instead, or ``None`` if it takes these; without it, it takes everything.
+    automatic: whether it may be chosen where none is named. A form that never
+      ran on its hardware may not.
   """
 
   function: Callable[..., Any]
   platforms: tuple[str, ...] | None = None
   unsupported: Callable[..., str | None] | None = None
+  automatic: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Op:
   Attributes:
     name: of the operation, for errors.
     forms: implementations by name. ``'xla'``, the definition, is always there
-      and runs everywhere.
+      and runs everywhere. Of two for the same platform, the later one is
+      chosen where it can be.
   """
 
   name: str
@@ -64,7 +68,11 @@ class Op:
         f'implementation of {self.name} must be one of '
         f'{", ".join(map(repr, self.forms))} or None, got {implementation!r}.'
       )
-    forms = list(filter(_may_run, self.forms.values()))
+    forms = [
+      form
+      for form in self.forms.values()
+      if form.automatic and _may_run(form)
+    ]
     if implementation is not None:
       forms = [self.forms[implementation]]
       needs = _unsupported(forms[0], arrays, options)

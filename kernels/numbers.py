@@ -4,6 +4,8 @@ Kernels call these on tiles and definitions on whole arrays, so that the same
 numbers come out.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Key, UInt32
@@ -11,6 +13,9 @@ from jaxtyping import Array, Float32, Int32, Key, UInt32
 # Smaller float32 numbers are subnormal: many chips take them as zero. Scales
 # are kept above it, so that a row of zeros needs no case of its own.
 TINY = 2.0**-126
+
+LANES = 128  # Numbers in a vector register of a TPU; CPUs take some at a time.
+MOST_COLUMNS = 64  # Of that width, in one expression.
 
 ROUNDS = 13  # Of Threefry's 20. Rounding needs even bits, not secret ones.
 ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)  # Of Threefry2x32.
@@ -26,14 +31,45 @@ def from_float_bits(bits: Int32[Array, '*shape']) -> Float32[Array, '*shape']:
   return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def row_max(x: Int32[Array, 'rows size']) -> Int32[Array, 'rows 1']:
+  """The largest integer of each row."""
+  size = x.shape[1]
+  if size % LANES == 0 and size <= MOST_COLUMNS * LANES:
+    # XLA:CPU takes the integers of a row one by one, those of columns abreast.
+    columns = [x[:, j : j + LANES] for j in range(0, size, LANES)]
+    x = functools.reduce(jnp.maximum, columns)
+  return jnp.max(x, axis=1, keepdims=True)
+
+
 def largest_magnitude(
   x: Float32[Array, 'rows size'],
 ) -> Float32[Array, 'rows 1']:
   """The largest magnitude in each row; NaN if there is one."""
   # As integers: bit patterns of magnitudes are in order, with NaN at the top.
   # XLA:CPU's float maximum loses a NaN where rows are batched by vmap.
-  top = jnp.max(float_bits(jnp.abs(x)), axis=1, keepdims=True)
-  return from_float_bits(top)
+  return from_float_bits(row_max(float_bits(jnp.abs(x))))
+
+
+def row_sum(x: Float32[Array, 'rows size']) -> Float32[Array, 'rows 1']:
+  """The sum of each row; of numbers in the order of a tree where it can be."""
+  # Halves of registers are added abreast; XLA:CPU would first write down what
+  # it adds up along a row, if that is computed.
+  while x.shape[1] % (2 * LANES) == 0 and x.shape[1] <= MOST_COLUMNS * LANES:
+    half = x.shape[1] // 2
+    x = x[:, :half] + x[:, half:]
+  return jnp.sum(x, axis=1, keepdims=True)
+
+
+def column_sum(x: Int32[Array, 'b m lanes']) -> Int32[Array, 'b 1 lanes']:
+  """The sum over ``m``, by halves.
+
+  XLA:CPU writes that as one loop of vectors. For a sum of integers that are
+  computed it takes number by number, and is ten times slower.
+  """
+  while x.shape[1] % 2 == 0:
+    half = x.shape[1] // 2
+    x = x[:, :half] + x[:, half:]
+  return sum(x[:, i : i + 1] for i in range(x.shape[1]))
 
 
 def relative(
@@ -47,16 +83,8 @@ def relative(
   return x * down * (1 / jnp.maximum(scale * down, TINY))
 
 
-def uniform(
-  key: Key[Array, ''], shape: tuple[int, ...]
-) -> Float32[Array, '...']:
-  """Uniform numbers in [0, 1), multiples of 2**-24."""
-  bits = jax.random.bits(key, shape, jnp.uint32)
-  return to_floats(bits >> 8) * 2.0**-24
-
-
 def seed(key: Key[Array, '']) -> UInt32[Array, '2']:
-  """What :func:`dither` needs of a key, whichever generator the key is for."""
+  """What :func:`random_bits` needs of a key of whichever generator."""
   return jax.random.bits(key, (2,), jnp.uint32)
 
 
@@ -83,32 +111,29 @@ def threefry(
   return x, y
 
 
-def dither(
-  seed: tuple[UInt32[Array, ''], UInt32[Array, '']],
-  rows: tuple[UInt32[Array, ''] | int, int],
-  size: int,
-) -> Float32[Array, 'rows size']:
+def random_bits(
+  seed: UInt32[Array, '2'], rows: int, size: int
+) -> UInt32[Array, 'rows size']:
+  """16 random bits for each number, that a seed, row and column decide."""
+  # A call yields 64 bits, for one column in each quarter of the row. They are
+  # drawn for each column anew: XLA would write down what it draws once.
+  quarter = max(1, -(-size // 4))
+  row = jax.lax.broadcasted_iota(jnp.uint32, (rows, size), 0)
+  column = jax.lax.broadcasted_iota(jnp.uint32, (rows, size), 1)
+  part = column // quarter
+  low, high = threefry(tuple(seed), row, column - part * quarter)
+  word = jnp.where(part < 2, low, high)
+  return jnp.where(part % 2 == 0, word & 0xFFFF, word >> 16)
+
+
+def to_dither(bits: UInt32[Array, '*shape']) -> Float32[Array, '*shape']:
   """Uniform numbers inside (-1/2, 1/2), odd multiples of 2**-17.
 
   Args:
-    seed: the two words of :func:`seed`.
-    rows: the first row, and how many.
-    size: length of a row.
-
-  Returns:
-    Numbers that depend on the seed, the row and the column alone.
+    bits: random ones, of which the lower 16 count.
   """
-  first, count = rows
-  # A call yields 64 bits: 16 for one column in each quarter of the row.
-  shape = (count, -(-size // 4))
-  row = jax.lax.broadcasted_iota(jnp.int32, shape, 0).astype(jnp.uint32)
-  column = jax.lax.broadcasted_iota(jnp.int32, shape, 1).astype(jnp.uint32)
-  parts = []
-  for word in threefry(seed, row + jnp.uint32(first), column):
-    parts += [word << 7, word >> 9]
-  bits = jnp.concatenate(parts, axis=1)[:, :size] & 0x7FFF80
-  one_to_two = from_float_bits((bits | 0x3F800000).astype(jnp.int32))
-  return one_to_two - (1.5 - 2.0**-17)
+  mantissa = (bits << 7 & 0x7FFF80).astype(jnp.int32)
+  return from_float_bits(mantissa | 0x3F800000) - (1.5 - 2.0**-17)
 
 
 def to_codes(x: Float32[Array, '*shape']) -> UInt32[Array, '*shape']:

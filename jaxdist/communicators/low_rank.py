@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jaxdist.communicators import base, checks
+from jaxdist.kernels.orthonormalize.api import orthonormalize
 
 
 class LowRankMeanState(NamedTuple):
@@ -93,7 +94,7 @@ def low_rank_mean(axis: str, rank: int, *, seed: int = 0) -> base.Communicator:
     products = [m @ q for m, q in zip(matrices, starts, strict=False)]
 
     *products, means = _fused_mean([*products, whole], axis)  # the wire
-    left = [jnp.linalg.qr(p)[0] for p in products]
+    left = [orthonormalize(p) for p in products]
     own = [m.T @ p for m, p in zip(matrices, left, strict=True)]
     right = _fused_mean(own, axis)  # the wire
 

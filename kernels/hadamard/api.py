@@ -1,14 +1,26 @@
 """Rotates rows at random by a Walsh-Hadamard matrix, and back."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Key
 
 from jaxdist.kernels.checks import check_rows
 from jaxdist.kernels.dispatch import Form, Op
-from jaxdist.kernels.hadamard import reference
+from jaxdist.kernels.hadamard import reference, tpu
 
-_rotate = Op('rotate', {'xla': Form(reference.rotate)})
-_unrotate = Op('unrotate', {'xla': Form(reference.unrotate)})
+
+def _op(name):
+  kernel = jax.jit(getattr(tpu, name))
+  return Op(
+    name,
+    {
+      'xla': Form(getattr(reference, name)),
+      'tpu': Form(kernel, ('tpu',), tpu.cannot_rotate),
+    },
+  )
+
+
+_rotate, _unrotate = _op('rotate'), _op('unrotate')
 
 
 def _check(name: str, x: Float32[Array, 'rows size']) -> None:
@@ -40,7 +52,6 @@ def rotate(
     The rotated rows.
 
   Examples:
-    >>> import jax
     >>> abs(rotate(jnp.array([[2., 0., 0., 0.]]), jax.random.key(0)))
     Array([[1., 1., 1., 1.]], dtype=float32)
   """
@@ -65,7 +76,6 @@ def unrotate(
     The rows.
 
   Examples:
-    >>> import jax
     >>> key = jax.random.key(0)
     >>> unrotate(rotate(jnp.array([[1., 2., 3., 4.]]), key), key)
     Array([[1., 2., 3., 4.]], dtype=float32)

@@ -12,16 +12,17 @@ import numpy as np
 from jaxtyping import Array, Float32, Key
 
 
-def _signs(key: Key[Array, ''], size: int) -> Float32[Array, 'size']:
+def signs(key: Key[Array, ''], size: int) -> Float32[Array, 'size']:
+  """Random ones."""
   return jax.random.rademacher(key, (size,), jnp.float32)
 
 
-def _matrix(size: int) -> np.ndarray:
+def matrix(size: int) -> np.ndarray:
   """Entries 1 and -1, not normalised."""
-  matrix = np.ones((1, 1), np.float32)
-  while len(matrix) < size:
-    matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-  return matrix
+  h = np.ones((1, 1), np.float32)
+  while len(h) < size:
+    h = np.block([[h, h], [h, -h]])
+  return h
 
 
 def hadamard(x: Float32[Array, 'rows size']) -> Float32[Array, 'rows size']:
@@ -34,10 +35,10 @@ def hadamard(x: Float32[Array, 'rows size']) -> Float32[Array, 'rows size']:
   y = jnp.einsum(
     'rab,bd->rad',
     x.reshape(rows, left, right),
-    _matrix(right) * np.float32(size**-0.5),
+    matrix(right) * np.float32(size**-0.5),
     precision='highest',
   )
-  y = jnp.einsum('rad,ac->rcd', y, _matrix(left), precision='highest')
+  y = jnp.einsum('rad,ac->rcd', y, matrix(left), precision='highest')
   return y.reshape(rows, size)
 
 
@@ -45,11 +46,11 @@ def rotate(
   x: Float32[Array, 'rows size'], key: Key[Array, '']
 ) -> Float32[Array, 'rows size']:
   """Flips random columns, then multiplies each row by ``H``."""
-  return hadamard(x * _signs(key, x.shape[1]))
+  return hadamard(x * signs(key, x.shape[1]))
 
 
 def unrotate(
   y: Float32[Array, 'rows size'], key: Key[Array, '']
 ) -> Float32[Array, 'rows size']:
   """The inverse of :func:`rotate`."""
-  return hadamard(y) * _signs(key, y.shape[1])
+  return hadamard(y) * signs(key, y.shape[1])

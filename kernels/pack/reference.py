@@ -18,6 +18,9 @@ TRITS = 20  # 3**20 < 2**32
 
 def _pack_slots(codes: UInt32[Array, 'rows slots lanes'], bits: int):
   _, slots, _ = codes.shape
+  if slots * bits == 32:
+    shifts = jnp.arange(slots, dtype=jnp.uint32)[:, None] * bits
+    return jnp.sum(codes << shifts, axis=1, dtype=jnp.uint32)
   words = []
   for start in range(0, slots * bits, 32):
     word = 0
@@ -94,10 +97,8 @@ def pack_trits(
   rows, count = trits.shape
   trits = jnp.pad(trits, ((0, 0), (0, -count % TRITS)))
   grouped = trits.reshape(rows, TRITS, -1)
-  words = jnp.zeros_like(grouped[:, 0])
-  for slot in reversed(range(TRITS)):
-    words = words * 3 + grouped[:, slot]
-  return words
+  powers = jnp.uint32(3) ** jnp.arange(TRITS, dtype=jnp.uint32)[:, None]
+  return jnp.sum(grouped * powers, axis=1, dtype=jnp.uint32)
 
 
 def unpack_trits(

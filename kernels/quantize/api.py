@@ -7,11 +7,11 @@ from jaxtyping import Array, Float32, Key, UInt32
 from jaxdist.kernels.checks import check_rows, check_shape
 from jaxdist.kernels.dispatch import Form, Op
 from jaxdist.kernels.pack.api import num_words
-from jaxdist.kernels.quantize import reference, tpu
+from jaxdist.kernels.quantize import gpu, reference, tpu
 from jaxdist.kernels.quantize.formats import FORMATS
 
 
-def _op(name, cannot, *static):
+def _op(name, cannot, *static, **others):
   # Traced once for each shape, also where another form runs: kernels are long.
   kernel = jax.jit(getattr(tpu, name), static_argnames=static)
   return Op(
@@ -19,13 +19,21 @@ def _op(name, cannot, *static):
     {
       'xla': Form(getattr(reference, name)),
       'tpu': Form(kernel, ('tpu',), cannot),
+      **others,
     },
   )
 
 
-_quantize = _op('quantize', tpu.cannot_encode, 'format')
+def _encoding(name):
+  kernel = Form(
+    getattr(gpu, name), ('cuda',), gpu.cannot_encode, automatic=False
+  )
+  return _op(name, tpu.cannot_encode, 'format', gpu=kernel)
+
+
+_quantize = _encoding('quantize')
 _dequantize = _op('dequantize', tpu.cannot_decode, 'format', 'count')
-_with_feedback = _op('quantize_with_feedback', tpu.cannot_encode, 'format')
+_with_feedback = _encoding('quantize_with_feedback')
 _mean = _op('dequantize_mean', tpu.cannot_decode, 'format', 'count')
 
 
@@ -55,7 +63,8 @@ def quantize(
     key: rounds up or down at random, without bias to within 2**-17 of a step;
       for ``int8``, ``int4`` and ``int2``, whose scale then is max / 3. ``None``
       rounds to nearest.
-    implementation: see :class:`jaxdist.kernels.dispatch.Op`.
+    implementation: see :class:`jaxdist.kernels.dispatch.Op`. ``'gpu'`` has
+      not run on a GPU yet, so that only its name picks it.
 
   Returns:
     Packed codes and the scales. A row with a NaN or an infinity has a scale

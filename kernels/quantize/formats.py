@@ -19,6 +19,7 @@ from jaxdist.kernels.numbers import (
   from_float_bits,
   largest_magnitude,
   relative,
+  row_sum,
 )
 
 STEP = 0.9957  # Of the best 4-level uniform quantizer of a Gaussian; Max, 1960.
@@ -51,11 +52,11 @@ class Format:
   stochastic: bool = False
 
 
-def _rounded(y):
+def rounded(y):
   """Integers nearest to small floats, ties to even."""
   # Where the float's step is 1, adding rounds, and the low bits are the
   # integer in two's complement.
-  return float_bits(y + 1.5 * 2.0**23) - float_bits(jnp.float32(1.5 * 2.0**23))
+  return float_bits(y + 1.5 * 2.0**23) - 0x4B400000
 
 
 def _encode_grid(bits, x, dither):
@@ -65,7 +66,7 @@ def _encode_grid(bits, x, dither):
   if dither is not None:
     # The largest is a rounding away from the end of the grid, on either side.
     y = jnp.clip(y + dither, -q_max, q_max)
-  return _rounded(y) & (2**bits - 1), scale
+  return rounded(y) & (2**bits - 1), scale
 
 
 def _decode_grid(bits, top, scale):
@@ -78,16 +79,16 @@ def _encode_four_levels(x, dither):
   y = relative(x, largest)  # No sum of squares overflows now.
   if dither is not None:
     # Neighbouring levels are 2a apart, and a is a third of the largest.
-    up = _rounded(jnp.clip(1.5 * y + 1.5 + dither, 0, 3))
+    up = rounded(jnp.clip(1.5 * y + 1.5 + dither, 0, 3))
     return (up + 2) & 3, largest * jnp.float32(1 / 3)
   magnitude = jnp.abs(y)
-  rms = jnp.sqrt(jnp.mean(y * y, axis=1, keepdims=True))
-  big = magnitude >= STEP * rms
+  rms = jnp.sqrt(row_sum(y * y) * (1 / x.shape[1]))
+  # Compared as integers: XLA:CPU would write the limit down for each number.
+  big = float_bits(magnitude) >= float_bits(STEP * rms)
   # Least squares makes the decoded row a projection of the row, so it is never
   # longer than the row, whatever the distribution.
   level = jnp.where(big, 3.0, 1.0)
-  a = jnp.sum(level * magnitude, axis=1, keepdims=True)
-  a = a / jnp.sum(level * level, axis=1, keepdims=True) * largest
+  a = row_sum(level * magnitude) / row_sum(level * level) * largest
   return jnp.where(y < 0, 3, 0) ^ jnp.where(big, 1, 0), a
 
 
@@ -100,7 +101,7 @@ def _encode_sign(x, dither):
   del dither
   # The sum of a row of large numbers would overflow; relative ones do not.
   largest = largest_magnitude(x)
-  mean = jnp.mean(relative(jnp.abs(x), largest), axis=1, keepdims=True)
+  mean = row_sum(jnp.abs(relative(x, largest))) * (1 / x.shape[1])
   return jnp.where(x < 0, 1, 0), mean * largest
 
 
@@ -132,7 +133,7 @@ def _encode_minifloat(exponent_bits, mantissa_bits, largest, x, dither):
   even = (bits >> drop) & 1
   normal = (bits + (2 ** (drop - 1) - 1) + even) >> drop
   normal -= (126 + least) << mantissa_bits
-  subnormal = _rounded(y * 2.0 ** (mantissa_bits - least))
+  subnormal = rounded(y * 2.0 ** (mantissa_bits - least))
   codes = jnp.where(y < 2.0**least, subnormal, normal)
   sign = jnp.where(x < 0, 1 << (exponent_bits + mantissa_bits), 0)
   return (codes & (2 ** (exponent_bits + mantissa_bits) - 1)) | sign, scale

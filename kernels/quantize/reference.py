@@ -13,12 +13,20 @@ def quantize(
   x: Float32[Array, 'rows size'], key: Key[Array, ''] | None, *, format: str
 ) -> tuple[UInt32[Array, 'rows words'], Float32[Array, 'rows 1']]:
   """Packed codes and the scale of each row."""
-  code, dither = FORMATS[format], None
+  codes, scale = _encode(x, key, format)
+  return _pack(codes, format), scale
+
+
+def _encode(x, key, format):
+  dither = None
   if key is not None:
-    rows, size = x.shape
-    dither = numbers.dither(tuple(numbers.seed(key)), (0, rows), size)
-  codes, scale = code.encode(x, dither)
-  return packing.pack(codes.astype(jnp.uint32), bits=code.bits), scale
+    bits = numbers.random_bits(numbers.seed(key), *x.shape)
+    dither = numbers.to_dither(bits)
+  return FORMATS[format].encode(x, dither)
+
+
+def _pack(codes, format):
+  return packing.pack(codes.astype(jnp.uint32), bits=FORMATS[format].bits)
 
 
 def dequantize(
@@ -47,10 +55,10 @@ def quantize_with_feedback(
   Float32[Array, 'rows size'],
 ]:
   """Codes ``x + residual``, and says what that dropped."""
-  target = x + residual
-  words, scale = quantize(target, key, format=format)
-  decoded = dequantize(words, scale, format=format, count=x.shape[1])
-  return words, scale, target - decoded
+  target, code = x + residual, FORMATS[format]
+  codes, scale = _encode(target, key, format)
+  decoded = code.decode(codes << (32 - code.bits), scale)
+  return _pack(codes, format), scale, target - decoded
 
 
 def dequantize_mean(

@@ -100,6 +100,18 @@ def _pack(codes, bits):
   return spread(packed << (lane_group((rows, LANES), words) * bits), words)
 
 
+def _dither(seed, first, shape):
+  """Rows of the definition's random numbers, from the ``first`` on."""
+  rows, size = shape
+  quarter = rows, size // 4
+  row = jax.lax.broadcasted_iota(jnp.int32, quarter, 0).astype(jnp.uint32)
+  column = jax.lax.broadcasted_iota(jnp.int32, quarter, 1).astype(jnp.uint32)
+  parts = []
+  for word in numbers.threefry(seed, row + first, column):
+    parts += [word, word >> 16]
+  return numbers.to_dither(jnp.concatenate(parts, axis=1))
+
+
 def _encode_kernel(seed_ref, *refs, format, stochastic, feedback):
   code = FORMATS[format]
   if feedback:
@@ -119,11 +131,8 @@ def _encode_kernel(seed_ref, *refs, format, stochastic, feedback):
     if feedback:
       x += residual_ref[rows, :]
     if stochastic:
-      dither = numbers.dither(
-        (seed_ref[0, 0], seed_ref[0, 1]),
-        (first + start.astype(jnp.uint32), chunk),
-        size,
-      )
+      seed = seed_ref[0, 0], seed_ref[0, 1]
+      dither = _dither(seed, first + start.astype(jnp.uint32), (chunk, size))
     codes, scale = code.encode(x, dither)
     packed = _pack(codes, code.bits)
     if abreast == 1:

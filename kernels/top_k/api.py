@@ -6,25 +6,43 @@ from jaxtyping import Array, Float32, UInt32
 
 from jaxdist.kernels.checks import check_between, check_rows, check_shape
 from jaxdist.kernels.dispatch import Form, Op
-from jaxdist.kernels.top_k import reference, tpu
+from jaxdist.kernels.top_k import cpu, reference, threshold, tpu
 
 
-def _op(name, cannot, *static):
+def _form(module, name, platform, cannot, static):
   # Traced once for each shape, also where another form runs: kernels are long.
-  kernel = jax.jit(getattr(tpu, name), static_argnames=static)
+  kernel = jax.jit(getattr(module, name), static_argnames=static)
+  return Form(kernel, (platform,), cannot)
+
+
+def _selection(name, **long_rows):
   return Op(
     name,
     {
       'xla': Form(getattr(reference, name)),
-      'tpu': Form(kernel, ('tpu',), cannot),
+      **long_rows,
+      'cpu': _form(cpu, name, 'cpu', cpu.cannot_select, 'k'),
+      'tpu': _form(tpu, name, 'tpu', tpu.cannot_select, 'k'),
     },
   )
 
 
-_top_k = _op('top_k', tpu.cannot_select, 'k')
-_with_feedback = _op('top_k_with_feedback', tpu.cannot_select, 'k')
-_scatter = _op('scatter', tpu.cannot_scatter, 'size')
-_scatter_mean = _op('scatter_mean', tpu.cannot_scatter, 'size')
+def _scattering(name):
+  return Op(
+    name,
+    {
+      'xla': Form(getattr(reference, name)),
+      'tpu': _form(tpu, name, 'tpu', tpu.cannot_scatter, 'size'),
+    },
+  )
+
+
+_top_k = _selection(
+  'top_k', threshold=Form(threshold.top_k, None, threshold.cannot_select)
+)
+_with_feedback = _selection('top_k_with_feedback')
+_scatter = _scattering('scatter')
+_scatter_mean = _scattering('scatter_mean')
 
 
 def top_k(

@@ -2,7 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, UInt32
+from jaxtyping import Array, Float32, Int32, UInt32
+
+from jaxdist.kernels.numbers import float_bits
+
+INFINITY = 0x7F800000  # The bits of a float.
+
+
+def ranks(x: Float32[Array, '*shape']) -> Int32[Array, '*shape']:
+  """Integers in the order of magnitudes, with NaN as infinity."""
+  return jnp.minimum(float_bits(jnp.abs(x)), INFINITY)
 
 
 def top_k(

@@ -27,8 +27,8 @@ def nearest(x, levels):
   return levels[np.abs(x[..., None] - levels).argmin(-1)]
 
 
-def random_words(x):
-  return np.asarray(jax.random.bits(KEY, x.shape, jnp.uint32)).astype(np.int64)
+def uniform(x):
+  return dither(KEY, x.shape) + 0.5
 
 
 @pytest.mark.parametrize('bits', [8, 4])
@@ -153,14 +153,14 @@ def test_float8():
 def test_ternary():
   x = data()
   s = np.abs(x).max(1, keepdims=True)
-  expected = s * np.sign(x) * ((random_words(x) >> 8) / 2**24 * s < np.abs(x))
+  expected = s * np.sign(x) * (uniform(x) < np.abs(x) / s)
   np.testing.assert_array_equal(decoded(jd.ternary(), x), expected)
 
 
 def test_natural():
   x = data()
   fraction, exponent = np.frexp(x.astype(np.float64))
-  carried = 2 * np.abs(fraction) - 1 + random_words(x) % 2**23 / 2**23 >= 1
+  carried = 2 * np.abs(fraction) - 1 + uniform(x) >= 1
   expected = np.sign(x) * 2.0 ** (exponent - 1 + carried)
   np.testing.assert_array_equal(decoded(jd.natural(), x), expected)
 

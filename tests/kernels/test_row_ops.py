@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from simulated import simulated
 
 from jaxdist.kernels.hadamard import api as rotation
 from jaxdist.kernels.hadamard import reference as hadamard
+from jaxdist.kernels.hadamard import tpu
 from jaxdist.kernels.top_k import api as selection
 
 
@@ -48,6 +50,20 @@ def test_hadamard_matrix(size):
   # Sums of `size` float32 products, each rounded to 2**-24.
   np.testing.assert_allclose(y, x @ matrix, atol=1e-5)
   np.testing.assert_allclose(hadamard.hadamard(y), x, atol=1e-5)
+
+
+@pytest.mark.parametrize('size', [128, 512])
+def test_rotation_on_tpu_is_the_definition(size):
+  key = jax.random.key(3)
+  x = np.random.default_rng(0).standard_normal((70, size)).astype(np.float32)
+  x[3], x[4, 5], x[5], x[6, 7] = 0, 3e38, x[5] * 1e-30, np.nan
+  for there in ('rotate', 'unrotate'):
+    y = np.asarray(simulated(getattr(tpu, there), x, key))
+    want = np.asarray(getattr(hadamard, there)(x, key))
+    largest = np.abs(want).max(axis=1, keepdims=True)
+    np.testing.assert_array_equal(np.isnan(y).any(1), np.arange(70) == 6)
+    # Sums of `size` float32 numbers in another order.
+    assert (np.abs(y - want) <= 4e-6 * largest)[np.arange(70) != 6].all()
 
 
 def test_rotation_flips_signs_then_multiplies():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from simulated import simulated
 
-from jaxdist.kernels.top_k import api, reference, tpu
+from jaxdist.kernels.top_k import api, cpu, reference, threshold, tpu
 
 
 def hard_rows(rows, size):
@@ -38,6 +38,44 @@ def test_tpu_form_is_the_definition(k):
   np.testing.assert_array_equal(
     values.view(np.uint32), want_values.view(np.uint32)
   )
+
+
+@pytest.mark.parametrize(('size', 'k'), [(256, 1), (1152, 10), (384, 51)])
+def test_cpu_form_is_the_definition(size, k):
+  # Groups of several numbers and of one, and rows that fill no block.
+  x = hard_rows(131, size)
+  x = jnp.concatenate([x, jnp.full((2, size), jnp.nan)])
+  residual = jnp.where(jnp.abs(x) > 1, 0, jnp.roll(x, 1, axis=1))
+  got = jax.jit(lambda *a: cpu.top_k_with_feedback(*a, k=k))(x, residual)
+  want = reference.top_k_with_feedback(x, residual, k=k)
+  for a, b in zip(by_place(*got[:2]), by_place(*want[:2]), strict=True):
+    np.testing.assert_array_equal(a, b)
+  np.testing.assert_array_equal(got[2], want[2])
+
+
+@pytest.mark.parametrize('k', [1, 999, 40_000])
+def test_long_rows_are_the_definition(k):
+  x = hard_rows(6, 40_000)
+  x = x.at[3].set(jnp.where(jnp.arange(40_000) % 3, 0.25, jnp.nan))
+  got = jax.jit(lambda x: threshold.top_k(x, k=k))(x)
+  want = reference.top_k(x, k=k)
+  np.testing.assert_array_equal(got[1], np.sort(want[1], axis=1))
+  np.testing.assert_array_equal(got[0], by_place(*want)[0])
+
+
+@pytest.mark.parametrize(
+  ('shape', 'sorts'), [((256, 1024), 0), ((1, 2**17), 0), ((8, 1024), 1)]
+)
+def test_large_arrays_on_cpu_are_not_sorted(shape, sorts):
+  program = jax.jit(lambda x: api.top_k(x, 10)).lower(jnp.zeros(shape))
+  assert program.compile().as_text().count('"TopK"') == sorts
+
+
+def test_what_other_forms_cannot_take():
+  with pytest.raises(NotImplementedError, match='at least 262144 numbers in'):
+    api.top_k(jnp.zeros((2, 1024)), 10, implementation='cpu')
+  with pytest.raises(NotImplementedError, match='at least 131072 numbers, not'):
+    api.top_k(jnp.zeros((2, 1024)), 10, implementation='threshold')
 
 
 @pytest.mark.parametrize('gathers', [True, False])

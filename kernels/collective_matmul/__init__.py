@@ -1,0 +1,1 @@
+"""Products of matrices whose transfers hide behind the products."""

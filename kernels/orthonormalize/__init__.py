@@ -1,0 +1,1 @@
+"""Orthonormal columns for tall matrices."""

@@ -262,6 +262,19 @@ class Interrupt:
     self.console.print('Stopping after this step. Ctrl-C again quits at once.')
 
 
+def progress_bar(console: Console) -> Progress:
+  """A bar for each task, with words of its own."""
+  return Progress(
+    TextColumn('{task.description}'),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn('{task.fields[words]}'),
+    TimeRemainingColumn(),
+    TextColumn('left'),
+    console=console,
+  )
+
+
 def compare(config: Config, data: text.Text, folder: Folder) -> bool:
   """Trains dense and then the method, with a progress bar.
 
@@ -277,15 +290,7 @@ def compare(config: Config, data: text.Text, folder: Folder) -> bool:
   interrupt = Interrupt(console)
   place = find_place(config.workers)
   console.print(f'{place.words}. Text: {data}.', highlight=False)
-  progress = Progress(
-    TextColumn('{task.description}'),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TextColumn('{task.fields[words]}'),
-    TimeRemainingColumn(),
-    TextColumn('left'),
-    console=console,
-  )
+  progress = progress_bar(console)
   runs = []
   for name in run_names(config):
     done = jd.latest_step(folder.checkpoints(name)) or 0

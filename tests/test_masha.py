@@ -60,7 +60,7 @@ def paper(matrices, offsets, keep, code, feedback, steps):
     sent = np.stack([code(m) for m in message])
     error = message - sent
     z = half - sent.mean(0)
-    if masha.drawn(0, jnp.int32(count), keep):
+    if masha.refreshes(0, jnp.int32(count), keep):
       w, own = z, operators(z)
       path.append(w)
     count += 1

@@ -14,6 +14,11 @@ def check_participation(participation: float) -> None:
     raise ValueError(f'participation must be in (0, 1], got {participation}.')
 
 
+def num_drawn(participation: float, workers: int) -> int:
+  """How many workers take part in a round: at least one."""
+  return max(1, round(participation * workers))
+
+
 def drawn_weight(
   axis: str, participation: float, seed: int
 ) -> Callable[[jax.Array], jax.Array]:
@@ -31,7 +36,7 @@ def drawn_weight(
 
   def weight(count):
     workers = collectives.axis_size(axis)
-    participants = max(1, round(participation * workers))
+    participants = num_drawn(participation, workers)
     if participants == workers:
       return jnp.ones(())
     key = jax.random.fold_in(jax.random.key(seed), count)

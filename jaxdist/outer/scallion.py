@@ -10,7 +10,11 @@ from jaxtyping import Array, Int32
 from jaxdist.communicators import checks, collectives
 from jaxdist.communicators.base import Communicator
 from jaxdist.outer.local_steps import Meeting, local_steps
-from jaxdist.outer.participation import check_participation, drawn_weight
+from jaxdist.outer.participation import (
+  check_participation,
+  drawn_weight,
+  num_drawn,
+)
 from jaxdist.state import PerWorker
 from jaxdist.transforms import base
 from jaxdist.transforms.error_feedback import zero_residual
@@ -70,8 +74,7 @@ def scallion(
 
   **On the wire:** what the communicator sends, every ``every`` steps, also from
   workers that do not take part: they send zeros, take no steps, and keep their
-  controls. Each worker holds three float32 copies of the parameters and its
-  share of two more.
+  controls. It costs each worker four more float32 copies of the parameters.
 
   Args:
     learning_rate: :math:`\eta` of the local steps, a number or a schedule over
@@ -155,8 +158,8 @@ def scafcom(
   and the rest as there. With ``beta=1`` and a code that drops nothing it is
   SCAFFOLD; with ``every=1`` and all workers, EF21-SGDM.
 
-  **On the wire:** as :func:`scallion`. Each worker holds four float32 copies of
-  the parameters and its share of two more.
+  **On the wire:** as :func:`scallion`. It costs each worker five more float32
+  copies of the parameters.
 
   Args:
     learning_rate: as of :func:`scallion`.
@@ -277,7 +280,7 @@ def _controlled(
     )
     mean, sent, comm_state = communicator.exchange(message, state.communicator)
     workers = collectives.axis_size(axis)
-    over_drawn = workers / max(1, round(participation * workers))
+    over_drawn = workers / num_drawn(participation, workers)
     steps = state.count * every + jnp.arange(every)
     length = server_learning_rate * jnp.sum(jax.vmap(rate)(steps))
     anchor = jax.tree.map(
@@ -293,7 +296,7 @@ def _controlled(
       momentum=PerWorker(momentum),
       communicator=comm_state,
     )
-    finite = base.all_finite((mean, anchor))
+    finite = base.all_finite(mean)
     after = base.where(finite, after, state)._replace(
       apart=PerWorker(optax.tree.zeros_like(state.apart.value)),
       count=state.count + 1,

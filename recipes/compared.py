@@ -155,7 +155,7 @@ def cells(found: list[Compared]) -> list[list[str]]:
   return [
     [
       each.name + (f' ({each.skipped} skipped)' if each.skipped else ''),
-      with_error(each.ends, '.4f'),
+      with_error(each.ends, '.3f'),
       with_error(100 * each.above(found[0]), '+.1f') + '%',
       size(each.bytes_a_step),
       size(each.peak_bytes),

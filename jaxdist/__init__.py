@@ -49,6 +49,8 @@ from jaxdist.outer import fedavg as fedavg
 from jaxdist.outer import late_meetings as late_meetings
 from jaxdist.outer import local_sgd as local_sgd
 from jaxdist.outer import noloco as noloco
+from jaxdist.outer import scafcom as scafcom
+from jaxdist.outer import scallion as scallion
 from jaxdist.pack import UnpackError as UnpackError
 from jaxdist.pack import pack as pack
 from jaxdist.pack import unpack as unpack
@@ -79,6 +81,8 @@ from jaxdist.transforms import ef21 as ef21
 from jaxdist.transforms import ef21_stepsize as ef21_stepsize
 from jaxdist.transforms import error_feedback as error_feedback
 from jaxdist.transforms import estimate_smoothness as estimate_smoothness
+from jaxdist.transforms import masha1 as masha1
+from jaxdist.transforms import masha2 as masha2
 from jaxdist.transforms import one_bit_adam as one_bit_adam
 from jaxdist.transforms import one_bit_lamb as one_bit_lamb
 from jaxdist.transforms import per_worker as per_worker

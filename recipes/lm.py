@@ -264,6 +264,19 @@ def train(
   return run
 
 
+def progress_bar(console: Console) -> Progress:
+  """A bar for each task, with words of its own."""
+  return Progress(
+    TextColumn('{task.description}'),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn('{task.fields[words]}'),
+    TimeRemainingColumn(),
+    TextColumn('left'),
+    console=console,
+  )
+
+
 def compare(
   config: Config,
   data: text.Text,
@@ -285,15 +298,7 @@ def compare(
   interrupt = Interrupt(console, world)
   place = find_place(config.workers)
   console.print(f'{place.words}. Text: {data}.', highlight=False)
-  progress = Progress(
-    TextColumn('{task.description}'),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TextColumn('{task.fields[words]}'),
-    TimeRemainingColumn(),
-    TextColumn('left'),
-    console=console,
-  )
+  progress = progress_bar(console)
   runs = []
   for name in run_names(config):
     done = jd.latest_step(folder.checkpoints(name)) or 0

@@ -246,6 +246,19 @@ def econtrol(axis, learning_rate):
 
 
 @method(
+  'scafcom',
+  'SGD alone for 4 steps, held together by controls; the largest 5% of how '
+  'momenta differ from them are averaged',
+  1.0,
+)
+def scafcom(axis, learning_rate):
+  return optax.chain(
+    jd.per_worker(optax.clip_by_global_norm(1.0)),
+    jd.scafcom(learning_rate, jd.mean(axis, jd.top_k(0.05)), every=4),
+  )
+
+
+@method(
   'dgc',
   'SGD whose momentum waits on each worker; the largest thousandth of it is '
   'sent, vectors whole',

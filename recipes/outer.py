@@ -1,29 +1,25 @@
-"""Compares the outer loops on the language model, over several seeds.
+"""Compares the outer loops on the language model, and checks their claims.
 
   python recipes/outer.py
+  python recipes/outer.py --steps 1400 --out out/longer
 
-Model, data and defaults are those of lm.py; so are the 8 workers. Each run
-adds a line to ``runs.jsonl`` in ``--out``, and those that are there are not
-repeated: a run that was stopped goes on with the same command. The table ends
-with what the papers claim, and whether it holds here. One run takes about as
-long as one of lm.py's, 3 minutes on two cores.
+compare.py with the baselines that the loops' papers name; at the end it says
+which claims hold. It goes on where it was stopped, as compare.py does, and with
+the same ``--out`` and settings the two share their runs. BUILD_NOTES.md has the
+table.
 """
 
 import dataclasses
 import json
-import math
-import statistics
-import sys
 from pathlib import Path
 
-import lm
-import methods
+import compare
+import compared
 import optax
-import report
-import text
+import record
 import tyro
+from compared import Compared
 from methods import method, muon
-from place import find_place, prepare_devices
 from rich.console import Console
 from rich.table import Table
 
@@ -34,32 +30,25 @@ MEETINGS = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(compare.Config):
   """The command line."""
 
   methods: tuple[str, ...] = (
     'dense',
+    'local-float32',
     'local-sgd',
     'diloco-float32',
     'streaming-diloco',
+    'diloco',
     'noloco',
     'pairs',
-    'local-float32',
     'co2',
     'uniform',
     'late',
+    'sparse-loco',
+    'fedavg',
   )
-  """What to train, from lm.py's methods and those below."""
-  seeds: int = 5
-  """Runs of each method."""
-  steps: int = 1400
-  """Optimizer steps of each run."""
-  workers: int = 8
-  """Data-parallel workers."""
-  layers: int = 2
-  """Transformer blocks."""
-  width: int = 64
-  """Features of a byte inside the model."""
+  """What to train, from those of compare.py and this recipe; dense first."""
   out: Path = Path('out/outer')
   """Folder for the results."""
 
@@ -74,6 +63,7 @@ class Claim:
     baseline: what it is compared with.
     factor: the largest loss that confirms it, in losses of the baseline.
     fewer: how many times fewer bytes it sends, at least.
+    peak: likewise, in the step that sends most.
   """
 
   words: str
@@ -81,18 +71,21 @@ class Claim:
   baseline: str
   factor: float
   fewer: float = 0.0
+  peak: float = 0.0
 
 
 CLAIMS = (
+  Claim('DiLoCo, within 1% at 50 times fewer', 'diloco', 'dense', 1.01, 50),
   Claim(
     'local steps, within 1% at 50 times fewer', 'local-sgd', 'dense', 1.01, 50
   ),
   Claim(
-    'streaming in 4 bits, within 1% at 7 times fewer',
+    'streaming in 4 bits, within 1% at 8 times fewer, a quarter of the peak',
     'streaming-diloco',
     'diloco-float32',
     1.01,
-    7,
+    8,
+    32,
   ),
   Claim('NoLoCo, at or below DiLoCo', 'noloco', 'local-float32', 1.0),
   Claim('NoLoCo, below averaging in pairs', 'noloco', 'pairs', 1.0),
@@ -131,89 +124,34 @@ def add_methods(steps: int) -> None:
     return jd.local_sgd(muon(learning_rate), jd.mean(axis), every=when)
 
 
-def train_all(config: Config, console: Console) -> list[dict]:
-  """Trains what is not there yet, and returns a line for each run."""
-  config.out.mkdir(parents=True, exist_ok=True)
-  path = config.out / 'runs.jsonl'
-  lines = path.read_text().splitlines() if path.exists() else []
-  done = {}
-  for line in map(json.loads, lines):
-    done[json.dumps(line['run'], sort_keys=True)] = line
-  data = text.load(None)
-  found = []
-  for seed in range(config.seeds):
-    for name in config.methods:
-      settings = {
-        'steps': config.steps,
-        'workers': config.workers,
-        'layers': config.layers,
-        'width': config.width,
-        'seed': seed,
-      }
-      key = {'method': name, **settings}
-      line = done.get(json.dumps(key, sort_keys=True))
-      if line is None:
-        run = lm.train(
-          lm.Config(every_eval=config.steps, **settings), name, data
-        )
-        line = {
-          'run': key,
-          'val_loss': run.val_loss,
-          'bytes_a_step': run.traffic.bytes_a_step,
-          'step_seconds': run.step_seconds,
-          'skipped': run.lines[-1]['skipped'],
-        }
-        with path.open('a') as file:
-          file.write(json.dumps(line) + '\n')
-        console.print(
-          f'{name}, seed {seed}: {run.val_loss:.4f}', highlight=False
-        )
-      found.append(line)
-  return found
+def judge(claim: Claim, one: Compared, other: Compared) -> dict:
+  """Whether a claim holds, and by what figures."""
+  above = one.above(other)
+  fewer = other.bytes_a_step / one.bytes_a_step
+  peak = other.peak_bytes / one.peak_bytes
+  return {
+    'claim': claim.words,
+    'method': claim.method,
+    'baseline': claim.baseline,
+    'above, %': compared.with_error(100 * above, '+.2f'),
+    'fewer bytes': round(fewer, 1),
+    'fewer at the peak': round(peak, 1),
+    'holds': bool(
+      1 + above.mean() <= claim.factor
+      and fewer >= claim.fewer
+      and peak >= claim.peak
+    ),
+  }
 
 
-def summary(lines: list[dict], names: tuple[str, ...]) -> dict[str, dict]:
-  """Mean, standard error and bytes of each method."""
-  result = {}
-  for name in names:
-    runs = [line for line in lines if line['run']['method'] == name]
-    losses = [line['val_loss'] for line in runs]
-    spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
-    result[name] = {
-      'losses': losses,
-      'mean': statistics.mean(losses),
-      'standard_error': spread / len(losses) ** 0.5,
-      'bytes_a_step': runs[0]['bytes_a_step'],
-    }
-  return result
-
-
-def tables(found: dict[str, dict]) -> list[Table]:
-  """The methods, and the claims about those that were trained."""
-  methods_table = Table('method', 'validation loss', 'sent a step', 'fewer')
-  first = next(iter(found.values()))
-  for name, row in found.items():
-    methods_table.add_row(
-      name,
-      f'{row["mean"]:.4f} ± {row["standard_error"]:.4f}',
-      report.size(row['bytes_a_step']),
-      f'{first["bytes_a_step"] / row["bytes_a_step"]:.1f}',
-    )
-  claims = Table('claim', 'loss', 'fewer bytes', 'here')
-  for claim in CLAIMS:
-    if claim.method not in found or claim.baseline not in found:
-      continue
-    one, other = found[claim.method], found[claim.baseline]
-    factor = one['mean'] / other['mean']
-    fewer = other['bytes_a_step'] / one['bytes_a_step']
-    holds = factor <= claim.factor and fewer >= claim.fewer
-    claims.add_row(
-      claim.words,
-      f'{100 * (factor - 1):+.2f}%',
-      f'{fewer:.1f}',
-      'holds' if holds else 'does not hold',
-    )
-  return [methods_table, claims]
+def judge_all(found: list[Compared]) -> list[dict]:
+  """All claims about what was trained."""
+  by_name = {each.name: each for each in found}
+  return [
+    judge(claim, by_name[claim.method], by_name[claim.baseline])
+    for claim in CLAIMS
+    if claim.method in by_name and claim.baseline in by_name
+  ]
 
 
 def main() -> None:
@@ -223,18 +161,15 @@ def main() -> None:
     config=(tyro.conf.FlagCreatePairsOff,),
   )
   add_methods(config.steps)
-  try:
-    for name in config.methods:
-      methods.find(name)
-  except ValueError as error:
-    sys.exit(f'outer.py: {error}')
-  prepare_devices(config.workers)
-  console = Console()
-  console.print(find_place(config.workers).words, highlight=False)
-  found = summary(train_all(config, console), config.methods)
-  (config.out / 'summary.json').write_text(json.dumps(found, indent=2) + '\n')
-  for table in tables(found):
-    console.print(table)
+  claims = judge_all(compare.compare(config, 'outer.py'))
+  record.replace(
+    config.out / 'claims.json', json.dumps(claims, indent=2) + '\n'
+  )
+  if claims:
+    table = Table(*claims[0])
+    for claim in claims:
+      table.add_row(*map(str, claim.values()))
+    Console().print(table)
 
 
 if __name__ == '__main__':

@@ -136,7 +136,7 @@ _PAGE = """<!doctype html>
     font-variant-numeric: tabular-nums;
   }}
   th, td {{
-    padding: .4rem .75rem; border-bottom: 1px solid var(--line);
+    padding: .4rem .5rem; border-bottom: 1px solid var(--line);
     text-align: right; white-space: nowrap;
   }}
   th {{ color: var(--quiet); font-weight: 600; }}

@@ -193,7 +193,7 @@ def as_line(line: dict[str, Any]) -> str:
 def replace(path: Path, text: str) -> None:
   """Writes a file whole or not at all."""
   temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(text)
+  temporary.write_text(text, encoding='utf-8')
   os.replace(temporary, path)
 
 

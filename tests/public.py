@@ -109,6 +109,10 @@ def transforms():
     ),
     optax.sgd(0.1),
   )
+  # MASHA1 is the same without feedback.
+  table['masha2'] = jd.masha2(
+    0.1, COMMUNICATORS['mean_two_shot_top_k'], keep=0.5
+  )
   for make in (jd.one_bit_adam, jd.one_bit_lamb, jd.zero_one_adam):
     options = {'max_local': 2} if make is jd.zero_one_adam else {}
     table[make.__name__] = make(
@@ -140,6 +144,10 @@ def transforms():
     every=2,
     participation=0.5,
     weights=[1.0, 2.0, 3.0, 4.0],
+  )
+  # SCALLION is the same rounds without momentum.
+  table['scafcom'] = jd.scafcom(
+    0.1, COMMUNICATORS['mean_two_shot_top_k'], every=2, participation=0.5
   )
   return table
 

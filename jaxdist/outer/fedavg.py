@@ -10,6 +10,7 @@ from jaxdist.communicators import collectives
 from jaxdist.communicators.base import Communicator
 from jaxdist.outer.averaging import average_changes
 from jaxdist.outer.local_steps import local_steps
+from jaxdist.outer.participation import check_participation, drawn_weight
 from jaxdist.transforms import base
 
 
@@ -85,30 +86,23 @@ def fedavg(
     <https://arxiv.org/abs/2003.00295>`_, 2021 (algorithm 2)
   """
   base.check_communicator(communicator, agrees=True)
-  if not 0 < participation <= 1:
-    raise ValueError(f'participation must be in (0, 1], got {participation}.')
+  check_participation(participation)
   if weights is not None and not all(weight > 0 for weight in weights):
     raise ValueError(f'weights must be positive, got {list(weights)}.')
-  axis = communicator.axis
+  drawn = drawn_weight(communicator.axis, participation, seed)
 
   def share(count):
     """This worker's weight in a round, of mean 1 over workers and draws."""
-    workers = collectives.axis_size(axis)
-    if weights is not None and len(weights) != workers:
+    if weights is None:
+      return drawn(count)
+    workers = collectives.axis_size(communicator.axis)
+    if len(weights) != workers:
       raise ValueError(
         f'weights must have one entry for each of {workers} workers, got '
         f'{len(weights)}.'
       )
-    shares = jnp.ones(workers)
-    if weights is not None:
-      shares = jnp.array(weights, jnp.float32) * (workers / sum(weights))
-    participants = max(1, round(participation * workers))
-    if participants < workers:
-      key = jax.random.fold_in(jax.random.key(seed), count)
-      place = jax.random.permutation(key, workers)
-      drawn = shares * (workers / participants)
-      shares = jnp.where(place < participants, drawn, 0.0)
-    return shares[jax.lax.axis_index(axis)]
+    shares = jnp.array(weights, jnp.float32) * (workers / sum(weights))
+    return drawn(count) * shares[jax.lax.axis_index(communicator.axis)]
 
   is_plain = participation == 1 and weights is None
   meeting = average_changes(

@@ -28,6 +28,9 @@ class Meeting(NamedTuple):
     ahead: whether what a meeting exchanges is there before its step begins.
     takes_part: ``state -> bool``: whether this worker takes steps until the
       next meeting; ``None`` if all always do.
+    direct: ``(gradients, state, step) -> (gradients, state)``: what the inner
+      optimizer gets instead of the gradients, where meetings correct them.
+      ``step`` counts from 0. Not collective.
   """
 
   axis: Axis
@@ -38,6 +41,7 @@ class Meeting(NamedTuple):
   prepare: Callable[[optax.Params, Any], Any] | None = None
   ahead: bool = False
   takes_part: Callable[[Any], jax.Array] | None = None
+  direct: Callable[..., tuple[optax.Updates, Any]] | None = None
 
 
 class LocalStepsState(NamedTuple):
@@ -129,12 +133,18 @@ def local_steps(
         'tx.update(updates, state, params).'
       )
     base.check_updates(updates, state.layout, meeting.axis)
+    finite = base.all_finite(updates)
+    if meeting.direct:
+      updates, meeting_state = meeting.direct(
+        updates, state.meeting, state.clock.count
+      )
+      state = state._replace(meeting=meeting_state)
     steps, inner_state = inner.update(
       updates, state.inner.value, params, **extra_args
     )
     moved = optax.apply_updates(params, steps)
     # Nothing that is added to parameters could make them finite again.
-    finite = base.all_finite(updates) & base.all_finite(moved)
+    finite &= base.all_finite(moved)
     moves = finite
     if meeting.takes_part:
       moves &= meeting.takes_part(state.meeting)

@@ -6,6 +6,8 @@ from jaxdist.transforms.econtrol import econtrol as econtrol
 from jaxdist.transforms.ef21 import ef21 as ef21
 from jaxdist.transforms.ef21 import ef21_stepsize as ef21_stepsize
 from jaxdist.transforms.error_feedback import error_feedback as error_feedback
+from jaxdist.transforms.masha import masha1 as masha1
+from jaxdist.transforms.masha import masha2 as masha2
 from jaxdist.transforms.one_bit_adam import one_bit_adam as one_bit_adam
 from jaxdist.transforms.one_bit_lamb import one_bit_lamb as one_bit_lamb
 from jaxdist.transforms.per_worker import per_worker as per_worker

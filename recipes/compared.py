@@ -1,0 +1,396 @@
+"""What a comparison of many methods found: a table, a page and numbers."""
+
+import dataclasses
+import html
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import record
+from page import duration, html_table, page, size, svg
+from rich.table import Table
+
+import jaxdist as jd
+
+# Told apart on white and on black; beyond them lines are dashed.
+COLORS = (
+  '#3d7edb',
+  '#e0701b',
+  '#2f9e6e',
+  '#a55bd0',
+  '#d84a5f',
+  '#8a7a2f',
+  '#1f9bb0',
+  '#9a6b52',
+)
+DASHES = ('-', '--', ':')
+UNITS = (
+  'Validation loss in nats a byte: mean over the seeds and its standard error; '
+  'above the first: mean over the seeds of the ratio to the run of the same '
+  'seed. Sent: by each worker, on average and in the step that sends most. '
+  'Predicted: a step on a link of so many Mbit/s for each worker; no transfer '
+  'is hidden, as in the program compiled for CPUs.'
+)
+
+
+def kept(run: record.Run) -> dict[str, Any]:
+  """What is kept of a finished run."""
+  evaluated = [line for line in run.lines if 'val_loss' in line]
+  return {
+    'steps': [line['step'] for line in evaluated],
+    'losses': [line['val_loss'] for line in evaluated],
+    'skipped': run.lines[-1]['skipped'],
+    'step_seconds': run.step_seconds,
+    'traffic': json.loads(run.traffic.to_json()),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+  """One method over several seeds.
+
+  Attributes:
+    name: the method's.
+    steps: after which it was evaluated.
+    losses: validation losses, ``(seeds, evaluations)``.
+    traffic: of its step.
+    seconds: predicted for a step, by the link's Mbit/s.
+    skipped: steps that any seed left out.
+  """
+
+  name: str
+  steps: np.ndarray
+  losses: np.ndarray
+  traffic: jd.Traffic
+  seconds: dict[float, float]
+  skipped: int
+
+  @classmethod
+  def of(
+    cls, name: str, runs: Sequence[dict], mbits: Sequence[float]
+  ) -> 'Compared':
+    """From what was kept of its runs, and links to predict times for."""
+    traffic = jd.Traffic.from_json(json.dumps(runs[0]['traffic']))
+
+    def seconds(rate):
+      links = dict.fromkeys(traffic.by_link(), jd.Link(rate * 1e6 / 8))
+      return jd.step_time(traffic, links).total
+
+    return cls(
+      name,
+      np.array(runs[0]['steps']),
+      np.array([run['losses'] for run in runs]),
+      traffic,
+      {rate: seconds(rate) for rate in mbits},
+      max(run['skipped'] for run in runs),
+    )
+
+  @property
+  def ends(self) -> np.ndarray:
+    """Each seed's last loss."""
+    return self.losses[:, -1]
+
+  @property
+  def bytes_a_step(self) -> float:
+    """That a worker sends, on average."""
+    return self.traffic.bytes_a_step
+
+  @property
+  def peak_bytes(self) -> float:
+    """That a worker sends in the step that sends most."""
+    by_schedule: dict[str, float] = {}
+    always = 0.0
+    for row in self.traffic.rows:
+      if row.times >= 1:
+        always += row.bytes_a_step
+      else:
+        # Of branches, a step takes one.
+        sent = by_schedule.get(row.schedule, 0.0) + row.bytes_sent
+        by_schedule[row.schedule] = sent
+    return always + max(by_schedule.values(), default=0.0)
+
+  def above(self, other: 'Compared') -> np.ndarray:
+    """Each seed's last loss over the other's, less 1."""
+    return self.ends / other.ends - 1
+
+
+def with_error(values: np.ndarray, form: str) -> str:
+  """Mean and standard error; of a single value just that."""
+  if len(values) < 2:
+    return format(values[0], form)
+  error = values.std(ddof=1) / math.sqrt(len(values))
+  return f'{values.mean():{form}} ± {error:{form.lstrip("+")}}'
+
+
+def fewer(first: Compared, other: Compared) -> str:
+  """How many times fewer bytes than the first."""
+  if not other.bytes_a_step:
+    return 'sends nothing' if first.bytes_a_step else '1x'
+  return f'{first.bytes_a_step / other.bytes_a_step:.3g}x'
+
+
+def columns(found: list[Compared]) -> list[str]:
+  """Names of what :func:`cells` returns."""
+  return [
+    'method',
+    'loss',
+    f'above {found[0].name}',
+    'sent a step',
+    'at most',
+    'fewer bytes',
+    *(f'{link(rate)}' for rate in found[0].seconds),
+  ]
+
+
+def link(mbits: float) -> str:
+  """A link's name."""
+  return f'{mbits:g} Mbit/s' if mbits < 1000 else f'{mbits / 1000:g} Gbit/s'
+
+
+def cells(found: list[Compared]) -> list[list[str]]:
+  """The table, lowest loss first."""
+  return [
+    [
+      each.name + (f' ({each.skipped} skipped)' if each.skipped else ''),
+      with_error(each.ends, '.3f'),
+      with_error(100 * each.above(found[0]), '+.1f') + '%',
+      size(each.bytes_a_step),
+      size(each.peak_bytes),
+      fewer(found[0], each),
+      *map(duration, each.seconds.values()),
+    ]
+    for each in by_loss(found)
+  ]
+
+
+def by_loss(found: list[Compared]) -> list[Compared]:
+  """Lowest first."""
+  return sorted(found, key=lambda each: each.ends.mean())
+
+
+def terminal_table(found: list[Compared]) -> Table:
+  """The table for the terminal."""
+  table = Table(
+    title=f'{found[0].losses.shape[0]} seeds, {found[0].steps[-1]} steps',
+    caption=UNITS,
+    title_justify='left',
+    caption_justify='left',
+  )
+  for i, name in enumerate(columns(found)):
+    table.add_column(name, justify='right' if i else 'left')
+  for row in cells(found):
+    table.add_row(*row)
+  return table
+
+
+def write(folder: Path, found: list[Compared], facts: dict[str, Any]) -> None:
+  """Writes ``report.html``, which needs nothing else, and ``results.json``.
+
+  Args:
+    folder: where to.
+    found: the methods; the first is what others are compared with.
+    facts: settings and versions to list.
+  """
+  numbers = {
+    'settings': facts,
+    'methods': {
+      each.name: {
+        'losses': each.losses.tolist(),
+        'steps': each.steps.tolist(),
+        'bytes_a_step': each.bytes_a_step,
+        'peak_bytes': each.peak_bytes,
+        'step_seconds_by_mbits': each.seconds,
+        'skipped': each.skipped,
+      }
+      for each in found
+    },
+  }
+  record.replace(folder / 'results.json', json.dumps(numbers, indent=2) + '\n')
+  senders = [each for each in by_loss(found) if each.bytes_a_step]
+  times = ''.join(
+    TIME.format(
+      link=link(rate),
+      figure=svg(
+        lambda axes, found, rate=rate: draw_over_time(axes, found, rate),
+        by_loss(found),
+        f'Loss over predicted time at {link(rate)}',
+      ),
+    )
+    for rate in found[0].seconds
+  )
+  body = BODY.format(
+    summary=html.escape(summary(found)),
+    table=html_table(columns(found), cells(found)),
+    units=html.escape(UNITS),
+    ends=svg(draw_ends, senders, 'Last loss and bytes a step', 5.0),
+    over_bytes=svg(draw_over_bytes, senders, 'Loss over bytes sent', 5.0),
+    over_steps=svg(draw_over_steps, by_loss(found), 'Loss over steps', 5.0),
+    times=times,
+    facts=html_table(
+      ('setting', 'value'),
+      [
+        (name, value if isinstance(value, str) else json.dumps(value))
+        for name, value in facts.items()
+      ],
+    ),
+  )
+  title = f'{len(found)} methods on the language model'
+  record.replace(folder / 'report.html', page(title, body))
+
+
+def front(found: list[Compared]) -> list[Compared]:
+  """Those that no other beats in loss and bytes, most bytes first."""
+  best, kept = math.inf, []
+  for each in sorted(found, key=lambda e: (e.bytes_a_step, e.ends.mean())):
+    if each.ends.mean() < best:
+      best = each.ends.mean()
+      kept.append(each)
+  return kept[::-1]
+
+
+def summary(found: list[Compared]) -> str:
+  """The result in a few sentences."""
+  first, *others = found
+  seeds = first.losses.shape[0]
+  words = [
+    f'{first.name.capitalize()} ends at {first.ends.mean():.3f} nats a byte '
+    f'after {first.steps[-1]} steps (mean of {seeds} '
+    f'{"seeds" if seeds > 1 else "seed"}) and sends '
+    f'{size(first.bytes_a_step)} a worker a step.'
+  ]
+  named = set()
+  for limit in (1, 3, 10):
+    near = [e for e in others if 100 * e.above(first).mean() <= limit]
+    least = min(near, key=lambda each: each.bytes_a_step, default=None)
+    if least and least.name not in named:
+      named.add(least.name)
+      words.append(
+        f'Within {limit}% of that loss {least.name} sends least: '
+        f'{size(least.bytes_a_step)}, {fewer(first, least)} fewer.'
+      )
+  return ' '.join(words)
+
+
+def style(i: int) -> dict[str, Any]:
+  """How the i-th line looks."""
+  dash = DASHES[i // len(COLORS) % len(DASHES)]
+  return {'color': COLORS[i % len(COLORS)], 'linestyle': dash}
+
+
+def draw_ends(axes, found: list[Compared]) -> None:
+  """Last loss against bytes, a point for each method."""
+  best = front(found)
+  axes.plot(
+    [each.bytes_a_step for each in best],
+    [each.ends.mean() for each in best],
+    color=COLORS[0],
+    alpha=0.4,
+    linewidth=6,
+    solid_capstyle='round',
+  )
+  for each in found:
+    color = COLORS[0] if each in best else COLORS[1]
+    mean = each.ends.mean()
+    spread = [[mean - each.ends.min()], [each.ends.max() - mean]]
+    axes.errorbar(
+      each.bytes_a_step, mean, spread, color=color, marker='o', markersize=5
+    )
+  axes.set_ylabel('validation loss (nats a byte)')
+  over_bytes(axes, 'sent by each worker in a step, on average')
+  axes.margins(x=0.12)
+  name_points(axes, found)
+
+
+def name_points(axes, found: list[Compared]) -> None:
+  """Writes each method's name beside its point, above or below others."""
+  axes.autoscale_view()
+  taken: list[tuple[float, float, float]] = []
+  for each in found:
+    point = (each.bytes_a_step, each.ends.mean())
+    left, y = axes.transData.transform(point)
+    right = left + 7 * len(each.name)
+    # Nearest first: lines are 14 pixels high.
+    for shift in (3, -11, 10, -18, 17, -25, 24):
+      if not any(
+        left < other[1] and other[0] < right and abs(y + shift - other[2]) < 14
+        for other in taken
+      ):
+        break
+    taken.append((left, right, y + shift))
+    axes.annotate(
+      each.name, point, (7, shift), textcoords='offset points', fontsize=9
+    )
+
+
+def draw_over_bytes(axes, found: list[Compared]) -> None:
+  draw_losses(axes, found, lambda each: each.steps * each.bytes_a_step)
+  over_bytes(axes, 'sent by each worker so far')
+
+
+def over_bytes(axes, label: str) -> None:
+  axes.set_xscale('log')
+  axes.xaxis.set_major_formatter(lambda value, _: size(value))
+  axes.set_xlabel(label)
+
+
+def draw_over_steps(axes, found: list[Compared]) -> None:
+  draw_losses(axes, found, lambda each: each.steps)
+  axes.set_xlabel('step')
+
+
+def draw_over_time(axes, found: list[Compared], rate: float) -> None:
+  draw_losses(axes, found, lambda each: each.steps * each.seconds[rate])
+  axes.set_xscale('log')
+  axes.xaxis.set_major_formatter(lambda value, _: duration(value))
+  axes.set_xlabel('predicted time')
+
+
+def draw_losses(axes, found: list[Compared], x) -> None:
+  """The mean over seeds of each method, and its range."""
+  for i, each in enumerate(found):
+    axes.plot(
+      x(each), each.losses.mean(axis=0), **style(i), label=each.name, lw=1.6
+    )
+    axes.fill_between(
+      x(each),
+      each.losses.min(axis=0),
+      each.losses.max(axis=0),
+      color=style(i)['color'],
+      alpha=0.12,
+      linewidth=0,
+    )
+  # The first drop is not where methods differ.
+  early = max(1, len(found[0].steps) // 4)
+  tops = [
+    each.losses[:, min(early, len(each.steps) - 1)].mean() for each in found
+  ]
+  axes.set_ylim(top=np.nanmax(tops) + 0.1)
+  axes.set_ylabel('validation loss (nats a byte)')
+  axes.legend(
+    loc='center left', bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9
+  )
+
+
+BODY = """<p>{summary}</p>
+{table}
+<p class="units">{units}</p>
+<h2>Loss against bytes</h2>
+<p>A point for each method: its last loss, with the least and the greatest of
+the seeds. The band joins those that no other beats in both.</p>
+<figure>{ends}</figure>
+<h2>Loss over bytes sent by each worker</h2>
+<p>Mean over the seeds, with their range; named from the lowest last loss to the
+highest. Bytes are read from the compiled program.</p>
+<figure>{over_bytes}</figure>
+<h2>Loss over steps</h2>
+<figure>{over_steps}</figure>
+{times}
+<h2>Settings and versions</h2>
+<div class="facts">{facts}</div>
+"""
+TIME = """<h2>Loss over predicted time at {link}</h2>
+<figure>{figure}</figure>
+"""

@@ -63,6 +63,7 @@ def staged(
     >>> communicator.bytes_sent(params, workers=8)
     100352.0
   """
+  base.check_together(communicators)
   if len(boundaries) != len(communicators) - 1:
     raise ValueError(
       f'boundaries must be one fewer than the {len(communicators)} '
@@ -74,14 +75,6 @@ def staged(
   ):
     raise ValueError(
       f'boundaries must rise from at least 1, got {list(boundaries)}.'
-    )
-  axes = sorted({c.axis for c in communicators})
-  if len(axes) > 1:
-    raise ValueError(f'communicators must share one axis, got {axes}.')
-  if len({c.agrees for c in communicators}) > 1:
-    raise ValueError(
-      'communicators must all agree between workers or all not; gossip does '
-      f'not: got {list(communicators)!r}.'
     )
   last = len(communicators) - 1
 
@@ -120,7 +113,7 @@ def staged(
 
   return base.Communicator(
     f'staged({list(communicators)!r}, {list(boundaries)})',
-    axes[0],
+    communicators[0].axis,
     init,
     exchange,
     communicators[-1].bytes_sent,

@@ -4,11 +4,11 @@
   python recipes/lgreco.py cost
 
 ``train``: eight workers train a network of 64, 256, 128, 64 and 10 units on
-scikit-learn's digits. Matrices are sent sparse, in few bits or at low rank, with
-feedback, biases whole: all at one level, all at the next cheaper one, or each
-at a level of its own, chosen every 100 steps so that what is dropped is in sum
-no more than at the one level. ``cost``: what a choice costs, where the step is
-compiled anew and where it has a branch for each level.
+scikit-learn's digits. Matrices are sent sparse, in few bits or at low rank,
+with feedback, biases whole: all at one level, all at the next cheaper one, or
+each at a level of its own, chosen every 100 steps so that what is dropped is in
+sum no more than at the one level. ``cost``: what a choice costs, where the step
+is compiled anew and where it has a branch for each level.
 
 Five seeds; on two CPU cores they take about 3 minutes and 1 minute.
 BUILD_NOTES.md has the tables. Leaves JSON in out/lgreco.
@@ -17,9 +17,11 @@ Alimohammadi et al, `L-GreCo <https://arxiv.org/abs/2210.17357>`_, 2024.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,15 +71,15 @@ def families() -> dict[str, tuple[Levels, Any, Any]]:
   }
   return {
     'top-k of 512': ({k: sparse(k) for k in (1, 2, 4, 8, 16)}, 4, 2),
-    'bits': ({k: dense(code) for k, code in codes.items()}, '4 bits', '2 bits'),
-    'rank': ({r: jd.low_rank_mean(AXIS, r) for r in (1, 2, 3, 4, 6, 8)}, 4, 2),
+    'bits': ({k: dense(code) for k, code in codes.items()}, '2 bits', 'sign'),
+    'rank': ({r: jd.low_rank_mean(AXIS, r) for r in (1, 2, 3, 4, 6, 8)}, 2, 1),
   }
 
 
 def start(key) -> dict[str, jax.Array]:
   """The network's parameters."""
   params = {}
-  for i, (n_in, n_out) in enumerate(zip(UNITS, UNITS[1:], strict=False)):
+  for i, (n_in, n_out) in enumerate(itertools.pairwise(UNITS)):
     key, own = jax.random.split(key)
     params[f'w{i}'] = jax.random.normal(own, (n_in, n_out)) * (2 / n_in) ** 0.5
     params[f'b{i}'] = jnp.zeros(n_out)
@@ -143,7 +145,9 @@ class Trainer:
     by_worker = lambda x: x.reshape(WORKERS, -1, *x.shape[1:])
 
     def worker(batch):
-      return jd.level_errors(self.levels, matrices(jax.grad(loss)(params, batch)))
+      return jd.level_errors(
+        self.levels, matrices(jax.grad(loss)(params, batch))
+      )
 
     return jnp.mean(jax.vmap(worker)(jax.tree.map(by_worker, batch)), axis=0)
 
@@ -235,11 +239,91 @@ def compare(config: Config, console: Console) -> None:
   (config.out / 'train.json').write_text(json.dumps(found, indent=2) + '\n')
 
 
+def switched(levels: Levels) -> jd.Communicator:
+  """As :func:`jaxdist.per_leaf`, with a branch for each level of each leaf.
+
+  The choice is a number for each leaf in its state.
+  """
+  some = next(iter(levels))
+  leveled = jd.per_leaf(levels, lambda tree: jax.tree.map(lambda _: some, tree))
+  branches = [
+    lambda leaf, kept, c=c: c.exchange([leaf], kept) for c in levels.values()
+  ]
+
+  def init(tree, feedback=False):
+    choice = jnp.zeros(len(jax.tree.leaves(tree)), jnp.int32)
+    return choice, leveled.init(tree, feedback)
+
+  def exchange(tree, state):
+    choice, kept = state
+    leaves, treedef = jax.tree.flatten(tree)
+    done = [
+      jax.lax.switch(choice[i], branches, leaf, kept[i])
+      for i, leaf in enumerate(leaves)
+    ]
+    result, sent = (treedef.unflatten([x[i][0] for x in done]) for i in (0, 1))
+    return result, sent, (choice, [new for _, _, new in done])
+
+  return dataclasses.replace(leveled, init=init, exchange=exchange)
+
+
+def cost(console: Console) -> None:
+  """Times the two ways to go on with another choice."""
+  table = Table('levels', 'way', 'compiling', 'a step', 'measuring')
+  params, batch = start(jax.random.key(0)), Images(0).batch(IMAGES)
+  for family, (levels, uniform, _) in families().items():
+    measure = Trainer(levels).measure.lower(params, batch).compile()
+    measuring = seconds(functools.partial(measure, params, batch), 10)
+    chosen = jd.per_leaf(levels, [uniform] * (len(UNITS) - 1))
+    ways = {'compiled anew': chosen, 'branches': switched(levels)}
+    for way, communicator in ways.items():
+      compiling, step = times_of(optimizer(communicator), params, batch)
+      table.add_row(
+        family,
+        way,
+        f'{compiling:.2f} s',
+        f'{1e3 * step:.2f} ms',
+        f'{1e3 * measuring:.1f} ms',
+      )
+  console.print(table)
+
+
+def times_of(tx: optax.GradientTransformation, params, batch):
+  """Seconds to compile a step anew, and to take one."""
+  where = {'axis': AXIS, 'workers': WORKERS}
+  state = jd.init(tx, params, **where)
+
+  def compiled():
+    return jd.train_step(loss, tx, **where).lower(state, batch).compile()
+
+  def again():
+    nonlocal state
+    state, metrics = step(state, batch)
+    return metrics
+
+  compiling = seconds(lambda: compiled() and None, 3)
+  step = compiled()
+  return compiling, seconds(again, 100)
+
+
+def seconds(fn, repeats: int) -> float:
+  """The median time of a call."""
+  taken = []
+  for _ in range(repeats):
+    began = time.perf_counter()
+    jax.block_until_ready(fn())
+    taken.append(time.perf_counter() - began)
+  return float(np.median(taken))
+
+
 def main() -> None:
   config = tyro.cli(Config, description=__doc__.partition('\n')[0])
   jax.config.update('jax_platforms', 'cpu')
   console = Console()
-  compare(config, console)
+  if config.what == 'cost':
+    cost(console)
+  else:
+    compare(config, console)
 
 
 if __name__ == '__main__':

@@ -63,7 +63,6 @@ def staged(
     >>> communicator.bytes_sent(params, workers=8)
     100352.0
   """
-  base.check_together(communicators)
   if len(boundaries) != len(communicators) - 1:
     raise ValueError(
       f'boundaries must be one fewer than the {len(communicators)} '
@@ -76,6 +75,7 @@ def staged(
     raise ValueError(
       f'boundaries must rise from at least 1, got {list(boundaries)}.'
     )
+  base.check_together(communicators)
   last = len(communicators) - 1
 
   def init(tree, feedback=False):

@@ -6,8 +6,10 @@ the margins are those of the specification of each method.
 
 import warnings
 
+import cellm
 import digits
 import feedback
+import lgreco
 import numpy as np
 import sketch
 import trials
@@ -89,3 +91,12 @@ def test_momentum_built_up_on_workers_is_ahead_of_gradient_dropping():
   built_up = ends(methods['DGC, no masking'], problem, 0.1, 150)
   dropped = ends(methods['gradient dropping'], problem, 0.1, 150)
   assert built_up.max() < dropped.min()
+
+
+def test_levels_by_leaf_send_less_at_equal_loss():
+  levels, uniform, _ = lgreco.families()['top-k of 512']
+  trainer = lgreco.Trainer({k: levels[k] for k in (1, 2, 4, 16)})
+  same = trainer.run(0, uniform, 150)
+  own = trainer.run(0, uniform, 150, every=150)
+  assert own['sent'] < 0.75 * same['sent']
+  assert own['loss'] < 1.3 * same['loss']

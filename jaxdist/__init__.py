@@ -21,6 +21,7 @@ from jaxdist.communicators import hierarchical as hierarchical
 from jaxdist.communicators import low_rank_mean as low_rank_mean
 from jaxdist.communicators import mean as mean
 from jaxdist.communicators import partition as partition
+from jaxdist.communicators import per_leaf as per_leaf
 from jaxdist.communicators import per_shard as per_shard
 from jaxdist.communicators import staged as staged
 from jaxdist.compressors import Compressor as Compressor
@@ -61,6 +62,8 @@ from jaxdist.planning import Link as Link
 from jaxdist.planning import StepTime as StepTime
 from jaxdist.planning import advise as advise
 from jaxdist.planning import break_even as break_even
+from jaxdist.planning import level_errors as level_errors
+from jaxdist.planning import lgreco as lgreco
 from jaxdist.planning import step_time as step_time
 from jaxdist.resize import resize as resize
 from jaxdist.state import PerWorker as PerWorker

@@ -69,9 +69,7 @@ class Op:
         f'{", ".join(map(repr, self.forms))} or None, got {implementation!r}.'
       )
     forms = [
-      form
-      for form in self.forms.values()
-      if form.automatic and _may_run(form)
+      form for form in self.forms.values() if form.automatic and _may_run(form)
     ]
     if implementation is not None:
       forms = [self.forms[implementation]]

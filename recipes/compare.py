@@ -32,6 +32,8 @@ from interrupt import Interrupt
 from place import find_place, prepare_devices
 from rich.console import Console
 
+import jaxdist as jd
+
 # What does not change a run.
 FREE = ('methods', 'seeds', 'mbits', 'data', 'out')
 HELP = (

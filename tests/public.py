@@ -51,6 +51,13 @@ COMMUNICATORS = {
     },
     is_matrix,
   ),
+  'per_leaf': jd.per_leaf(
+    {
+      k: jd.mean(AXIS, jd.top_k(k / 128, block_size=128), 'two_shot')
+      for k in (4, 16)
+    },
+    lambda tree: jax.tree.map(lambda x: 4 if x.ndim > 1 else 16, tree),
+  ),
   'staged': jd.staged(
     [
       jd.mean(AXIS, jd.top_k(0.5, block_size=128), 'two_shot'),

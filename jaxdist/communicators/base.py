@@ -1,7 +1,7 @@
 """What a communicator is, and what every one of them checks."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,6 +61,49 @@ def check_communicator(communicator: Any) -> None:
       f'communicator must be a jd.Communicator such as jd.mean(axis, code), '
       f'got {communicator!r}.'
     )
+
+
+def check_together(communicators: Mapping[Any, Any] | Sequence[Any]) -> None:
+  """Raises unless these are communicators that can be parts of one."""
+  parts = communicators
+  if isinstance(parts, Mapping):
+    parts = list(parts.values())
+  if not parts:
+    raise ValueError('communicators must have at least one entry, got none.')
+  for part in parts:
+    check_communicator(part)
+  axes = sorted({part.axis for part in parts})
+  if len(axes) > 1:
+    raise ValueError(f'communicators must share one axis, got {axes}.')
+  if len({part.agrees for part in parts}) > 1:
+    raise ValueError(
+      'communicators must all agree between workers or all not; gossip does '
+      f'not: got {communicators!r}.'
+    )
+
+
+def leaf_labels(
+  tree: Any, labels: Any | Callable[[Any], Any], known: Collection[Any]
+) -> list[Any]:
+  """The label of each leaf of a tree.
+
+  Args:
+    tree: arrays, or shapes and dtypes.
+    labels: a tree of labels shaped like it, or a function to such a tree.
+    known: labels that there are.
+
+  Returns:
+    Labels in the order of the leaves.
+
+  Raises:
+    ValueError: for a label that is not known.
+  """
+  named = labels(tree) if callable(labels) else labels
+  names = jax.tree.structure(tree).flatten_up_to(named)
+  for name in names:
+    if name not in known:
+      raise ValueError(f'labels must be among {sorted(known)}, got {name!r}.')
+  return names
 
 
 def is_exchanged(leaf: Any) -> bool:

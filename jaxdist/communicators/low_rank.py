@@ -90,7 +90,8 @@ def low_rank_mean(axis: str, rank: int, *, seed: int = 0) -> base.Communicator:
     ]
     key = jax.random.fold_in(jax.random.key(seed), state.count)
     keys = jax.random.split(key, max(1, len(matrices)))
-    starts = map(_with_fresh_columns, state.bases, keys)
+    # A state of a larger rank will do: see per_leaf.
+    starts = map(_with_fresh_columns, [q[:, :rank] for q in state.bases], keys)
     products = [m @ q for m, q in zip(matrices, starts, strict=False)]
 
     *products, means = _fused_mean([*products, whole], axis)  # the wire
@@ -106,7 +107,9 @@ def low_rank_mean(axis: str, rank: int, *, seed: int = 0) -> base.Communicator:
         for leaf, is_factored in zip(leaves, factored, strict=True)
       ]
 
-    state = LowRankMeanState(state.count + 1, right)
+    room = [((0, 0), (0, q.shape[1] - rank)) for q in state.bases]
+    bases = list(map(jnp.pad, right, room))
+    state = LowRankMeanState(state.count + 1, bases)
     return merged(right, means), merged(own, whole), state
 
   def bytes_sent(shapes, workers):

@@ -46,28 +46,13 @@ def partition(
     >>> communicator.bytes_sent(params, workers=2)
     5248.0
   """
-  if not communicators:
-    raise ValueError('communicators must have at least one entry, got none.')
-  for communicator in communicators.values():
-    base.check_communicator(communicator)
-  axes = sorted({c.axis for c in communicators.values()})
-  if len(axes) > 1:
-    raise ValueError(f'communicators must share one axis, got {axes}.')
-  if len({c.agrees for c in communicators.values()}) > 1:
-    raise ValueError(
-      'communicators must all agree between workers or all not; gossip does '
-      f'not: got {dict(communicators)!r}.'
-    )
+  base.check_together(communicators)
+  one = next(iter(communicators.values()))
 
   def split(tree):
     """The leaves of each label that occurs, and the way back."""
     leaves, treedef = jax.tree.flatten(tree)
-    names = treedef.flatten_up_to(labels(tree) if callable(labels) else labels)
-    for name in names:
-      if name not in communicators:
-        raise ValueError(
-          f'labels must be among {sorted(communicators)}, got {name!r}.'
-        )
+    names = base.leaf_labels(tree, labels, communicators)
     parts = collections.defaultdict(list)
     for leaf, name in zip(leaves, names, strict=True):
       parts[name].append(leaf)
@@ -99,11 +84,11 @@ def partition(
 
   return base.Communicator(
     f'partition({dict(communicators)!r})',
-    axes[0],
+    one.axis,
     init,
     exchange,
     bytes_sent,
     contraction=min(c.contraction for c in communicators.values()),
     unbiased=all(c.unbiased for c in communicators.values()),
-    agrees=all(c.agrees for c in communicators.values()),
+    agrees=one.agrees,
   )

@@ -75,14 +75,7 @@ def staged(
     raise ValueError(
       f'boundaries must rise from at least 1, got {list(boundaries)}.'
     )
-  axes = sorted({c.axis for c in communicators})
-  if len(axes) > 1:
-    raise ValueError(f'communicators must share one axis, got {axes}.')
-  if len({c.agrees for c in communicators}) > 1:
-    raise ValueError(
-      'communicators must all agree between workers or all not; gossip does '
-      f'not: got {list(communicators)!r}.'
-    )
+  base.check_together(communicators)
   last = len(communicators) - 1
 
   def init(tree, feedback=False):
@@ -120,7 +113,7 @@ def staged(
 
   return base.Communicator(
     f'staged({list(communicators)!r}, {list(boundaries)})',
-    axes[0],
+    communicators[0].axis,
     init,
     exchange,
     communicators[-1].bytes_sent,

@@ -6,7 +6,6 @@ the margins are those of the specification of each method.
 
 import warnings
 
-import cellm
 import digits
 import federated
 import feedback

@@ -97,5 +97,5 @@ def test_functions_in_a_structure_are_the_same_in_each_process():
 
 
 def test_processes_that_were_not_joined_are_told_to():
-  with pytest.raises(RuntimeError, match='jaxdist.initialize'):
+  with pytest.raises(RuntimeError, match=r'jaxdist\.initialize'):
     jd.assert_same('a fact', {'number': 1}, among=(0, 1))

@@ -49,8 +49,14 @@ def decide(
 
   Raises:
     MissingProcessError: on all who came, if others did not come in time.
+    RuntimeError: if the processes were not joined.
   """
   client = compat.coordination_client()
+  if client is None:
+    raise RuntimeError(
+      f'{what} is compared between processes, which jaxdist.initialize() has '
+      'to join first.'
+    )
   group = hashlib.blake2b(repr(among).encode(), digest_size=8).hexdigest()
   turn = next(_rounds[group])
   folder = f'jaxdist/{group}/{turn}'

@@ -7,6 +7,7 @@ import worlds
 from jax import lax
 from jax.sharding import PartitionSpec
 
+import jaxdist as jd
 from jaxdist.hosts import desync
 
 FIELDS = {
@@ -93,3 +94,8 @@ def test_functions_in_a_structure_are_the_same_in_each_process():
   leaf, structure = desync.describe_tree({'f': node})
   assert leaf.startswith("['f']") and 'float32[3]' in leaf
   assert '<lambda>' in structure and '0x' not in structure
+
+
+def test_processes_that_were_not_joined_are_told_to():
+  with pytest.raises(RuntimeError, match=r'jaxdist\.initialize'):
+    jd.assert_same('a fact', {'number': 1}, among=(0, 1))

@@ -46,7 +46,7 @@ from rich.progress import (
 import jaxdist as jd
 
 # What the text says counts, not where it lies.
-FREE = ('data', 'out', 'resume', 'overwrite')
+FREE = ('data', 'out', 'resume', 'overwrite', 'keep_going')
 VALIDATION_ROWS = 256
 
 
@@ -102,6 +102,8 @@ class Config:
   """Fixes the initial parameters and the order of the data."""
   every_eval: int = 100
   """Steps between validations; each is followed by a checkpoint."""
+  keep_going: bool = False
+  """Train on, with a warning, when --out cannot be written to (disk full)."""
   layers: int = 2
   """Transformer blocks."""
   width: int = 64
@@ -210,6 +212,8 @@ def train(
     first = jd.latest_step(checkpoints) or 0
     if first:
       state = jd.restore(checkpoints, state)
+      # An older one, if the newest was damaged.
+      first = jd.latest_step(checkpoints)
     run.lines = folder.truncate(name, first)
     folder.save_traffic(run)
   before = run.seconds if run.lines else 0.0
@@ -239,7 +243,7 @@ def train(
       save = evaluated or stop
       folder.append(line, sync=save)
       if save:
-        jd.save(checkpoints, index + 1, state)
+        folder.save(name, index + 1, state)
     if stop:
       break
   return run
@@ -373,7 +377,7 @@ def main() -> None:
       workers = find_place(config.workers).workers
       text.check(data, config.length, config.batch * workers, workers)
       stack.enter_context(record.locked(config.out))
-      folder = Folder(config.out)
+      folder = Folder(config.out, config.keep_going)
       folder.open(settings(config, data), config.resume, config.overwrite)
     except ValueError as error:
       sys.exit(f'lm.py: {error}')

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import statistics
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,12 @@ class Folder:
   ========================  ==============================================
   """
 
-  def __init__(self, path: Path):
+  def __init__(self, path: Path, keep_going: bool = False):
     self.path = path
+    self.keep_going = keep_going
     self.metrics = path / 'metrics.jsonl'
     self.settings = path / 'settings.json'
+    self._unwritten = []
 
   def checkpoints(self, name: str) -> Path:
     """Where the checkpoints of a run are."""
@@ -163,12 +166,39 @@ class Folder:
     return [line for line in kept if line['run'] == name]
 
   def append(self, line: dict[str, Any], sync: bool) -> None:
-    """Writes one line of metrics; ``sync`` also brings it to the disk."""
-    with self.metrics.open('a') as file:
-      file.write(as_line(line))
-      if sync:
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes one line of metrics; ``sync`` also brings it to the disk.
+
+    What could not be written before is written first.
+    """
+    self._unwritten.append(as_line(line))
+    size = self.metrics.stat().st_size if self.metrics.exists() else 0
+    with self._going_on():
+      try:
+        with self.metrics.open('a') as file:
+          file.writelines(self._unwritten)
+          if sync:
+            file.flush()
+            os.fsync(file.fileno())
+      except OSError:
+        with contextlib.suppress(OSError):
+          os.truncate(self.metrics, size)  # No half a line.
+        raise
+      self._unwritten = []
+
+  def save(self, name: str, step: int, state: Any) -> None:
+    """Saves a checkpoint of a run."""
+    with self._going_on():
+      jd.save(self.checkpoints(name), step, state)
+
+  @contextlib.contextmanager
+  def _going_on(self) -> Iterator[None]:
+    """Turns what the file system refuses into a warning, if asked."""
+    try:
+      yield
+    except OSError as error:
+      if not self.keep_going:
+        raise
+      warnings.warn(f'{error} Training goes on.', stacklevel=4)
 
 
 def as_line(line: dict[str, Any]) -> str:

@@ -95,17 +95,22 @@ def test_placed_as_asked(make_mesh):
 
 @pytest.mark.parametrize('name', COMPRESSORS)
 def test_payloads(name):
-  """What a compressor makes of two blocks, which only its classes can hold."""
+  """Of every compressor, two blocks with any bits: only its classes hold it."""
   code = COMPRESSORS[name].at(SHARED_KEY)
-  x = jax.random.normal(jax.random.key(0), (2, 128))
-  payload = code.encode(x, jax.random.key(1))
+  block = jax.ShapeDtypeStruct((2, 128), jnp.float32)
+  like = jax.eval_shape(code.encode, block, SHARED_KEY)
+  rng = np.random.default_rng(0)
+  payload = jax.tree.map(
+    lambda leaf: rng.integers(0, 2**32, leaf.shape, dtype=np.uint32).view(
+      leaf.dtype
+    ),
+    like,
+  )
   data = jd.pack(payload)
-  like = jax.eval_shape(code.encode, x, jax.random.key(1))
   assert_same(payload, jd.unpack(data, like))
   # Names of classes and fixed parts, shapes: the leaves' bytes and some more.
   num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(payload))
   assert len(data) <= num_bytes + 130
-  assert jd.pack(payload) == data
 
 
 def test_never_much_larger_and_smaller_where_it_can_be():

@@ -1,5 +1,6 @@
 """Packed trees come back bit for bit, and damaged bytes not at all."""
 
+import collections
 import functools
 import random
 
@@ -204,6 +205,11 @@ def test_nodes_of_classes_need_like():
   other = jd.top_k(0.1).encode(x[:, :1023], jax.random.key(0))
   with pytest.raises(ValueError, match=r'<?\[0\] is Sparse.* and Sparse'):
     jd.unpack(data, [other])
+  ordered = lambda name: collections.OrderedDict({name: x})
+  with pytest.raises(
+    ValueError, match=r"OrderedDict\('a'\) in data and Ordered"
+  ):
+    jd.unpack(jd.pack(ordered('a')), ordered('b'))
   state = optax.adam(0.1).init(x)
   assert_same(state, jd.unpack(jd.pack(state), state))
 

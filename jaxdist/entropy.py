@@ -11,21 +11,12 @@ from jaxdist.digest import as_bytes
 _LARGEST_RATIO = 1032
 _SAMPLE = 2**14  # Numbers that are tried.
 _WORTH_IT = 0.97  # Of the size, or what is simpler is done.
+_SMALL = 2**15  # Bytes.
 _RAW_WINDOW = -15  # DEFLATE without zlib's header and checksum.
 
 
-class Method(NamedTuple):
-  """How a plane of bytes is written."""
-
-  level: int
-  strategy: int
-
-
 # By their numbers in a message: Huffman codes alone, or with repetitions.
-_METHODS = {
-  1: Method(1, zlib.Z_HUFFMAN_ONLY),
-  2: Method(6, zlib.Z_DEFAULT_STRATEGY),
-}
+_STRATEGIES = {1: zlib.Z_HUFFMAN_ONLY, 2: zlib.Z_DEFAULT_STRATEGY}
 STORED = 0
 
 
@@ -106,7 +97,7 @@ def _sample(rows):
 def _best(data):
   """The method that suits some bytes, and in how many it writes them."""
   data = as_bytes(data)
-  sizes = {n: len(_deflate(data, method)) for n, method in _METHODS.items()}
+  sizes = {method: len(_deflate(data, method)) for method in _STRATEGIES}
   # Huffman codes alone are written several times faster.
   best = 1 if _WORTH_IT * sizes[1] < sizes[2] else 2
   if sizes[best] < _WORTH_IT * len(data):
@@ -117,15 +108,17 @@ def _best(data):
 def _write(data, method):
   data = as_bytes(data)
   if method != STORED:
-    deflated = _deflate(data, _METHODS[method])
+    deflated = _deflate(data, method)
     if len(deflated) < len(data):
       return Plane(method, deflated)
   return Plane(STORED, data)
 
 
 def _deflate(data, method):
+  # The best search for repetitions takes eight times as long as the usual one.
+  level = 9 if len(data) < _SMALL else 6
   coder = zlib.compressobj(
-    method.level, zlib.DEFLATED, _RAW_WINDOW, 9, method.strategy
+    level, zlib.DEFLATED, _RAW_WINDOW, 9, _STRATEGIES[method]
   )
   return coder.compress(data) + coder.flush()
 
@@ -135,7 +128,7 @@ def _check_size(plane, size):
   if plane.method == STORED:
     if data != size:
       raise ValueError(f'{size} bytes are declared and {data} are there.')
-  elif plane.method not in _METHODS:
+  elif plane.method not in _STRATEGIES:
     raise ValueError(f'there is no way {plane.method} to code bytes.')
   elif size > _LARGEST_RATIO * data:
     raise ValueError(f'{data} bytes cannot hold the declared {size}.')

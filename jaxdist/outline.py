@@ -1,6 +1,5 @@
 """The shape of a tree without its leaves, and how it is written as bytes."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -91,19 +90,19 @@ def _outline(node, depth):
       if type(key) not in (str, int):
         raise ValueError(f"a dict's key must be a str or an int, got {key!r}.")
     return Outline(kind, keys=tuple(static), children=children)
-  name = ''
-  if kind == 'other':
-    name = cls.__name__
-    # What a payload needs beside its words, such as the width of a number.
-    if dataclasses.is_dataclass(cls) and _is_plain(static):
-      name += repr(static)
+  # What such a node holds beside its children: the width of a payload's
+  # numbers, the names of a flax.nnx.State.
+  name = f'{cls.__name__}{_words(static)}' if kind == 'other' else ''
   return Outline(kind, name, children=children)
 
 
-def _is_plain(static):
+def _words(static):
+  """The same words in every process: no addresses."""
   if isinstance(static, tuple | list):
-    return all(map(_is_plain, static))
-  return static is None or isinstance(static, str | int | float)
+    return f'({", ".join(map(_words, static))})'
+  if isinstance(static, str | int | float):
+    return repr(static)
+  return '' if static is None else type(static).__name__
 
 
 def difference(

@@ -22,6 +22,7 @@ CODES = [
   jd.float4(),
   jd.natural(),
   jd.ternary(),
+  jd.codebook(3),
   jd.sign(),
   jd.top_k(0.05),
   jd.top_k(0.01),

@@ -52,7 +52,7 @@ from rich.progress import (
 import jaxdist as jd
 
 # What the text says counts, not where it lies.
-FREE = ('data', 'out', 'resume', 'overwrite', 'check_sync')
+FREE = ('data', 'out', 'resume', 'overwrite', 'check_sync', 'keep_going')
 VALIDATION_ROWS = 256
 
 
@@ -110,6 +110,8 @@ class Config:
   """Steps between validations; each is followed by a checkpoint."""
   check_sync: int = 0
   """Steps between comparisons of all copies of the state; 0: none."""
+  keep_going: bool = False
+  """Train on, with a warning, when --out cannot be written to (disk full)."""
   layers: int = 2
   """Transformer blocks."""
   width: int = 64
@@ -226,6 +228,8 @@ def train(
     jd.assert_same(f'the checkpoints of {name}', {'step': first})
     if first:
       state = jd.restore(checkpoints, state)
+      # An older one, if the newest was damaged.
+      first = jd.latest_step(checkpoints)
     run.lines = folder.truncate(name, first)
     folder.save_traffic(run)
   before = run.seconds if run.lines else 0.0
@@ -258,7 +262,7 @@ def train(
       save = evaluated or stop
       folder.append(line, sync=save)
       if save:
-        jd.save(checkpoints, index + 1, state)
+        folder.save(name, index + 1, state)
     if stop:
       break
   return run
@@ -388,7 +392,7 @@ def main() -> None:
       data = text.load(config.data)
       workers = find_place(config.workers).workers
       text.check(data, config.length, config.batch * workers, workers)
-      folder = Folder(config.out, writes=world.process == 0)
+      folder = Folder(config.out, config.keep_going, writes=world.process == 0)
       if folder.writes:
         stack.enter_context(record.locked(config.out))
       if world.restarts and folder.begun:

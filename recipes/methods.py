@@ -208,6 +208,18 @@ def local_top_k(axis, learning_rate):
 
 
 @method(
+  'fedzip',
+  'each worker trains alone for 4 steps; the largest fifth of the changes is '
+  'averaged as one of three levels a number, and the rest is remembered',
+  1.6e-2,
+)
+def fedzip(axis, learning_rate):
+  return jd.local_sgd(
+    muon(learning_rate), jd.mean(axis, jd.codebook(3, density=0.2)), every=4
+  )
+
+
+@method(
   'quantized',
   'gradients are averaged in 4 bits a number; what that drops is remembered',
   1.6e-2,

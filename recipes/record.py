@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import statistics
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,13 @@ class Folder:
   Of several processes all save checkpoints, and the first writes the rest.
   """
 
-  def __init__(self, path: Path, writes: bool = True):
+  def __init__(self, path: Path, keep_going: bool = False, writes: bool = True):
     self.path = path
+    self.keep_going = keep_going
     self.writes = writes
     self.metrics = path / 'metrics.jsonl'
     self.settings = path / 'settings.json'
+    self._unwritten = []
 
   def checkpoints(self, name: str) -> Path:
     """Where the checkpoints of a run are."""
@@ -176,14 +179,41 @@ class Folder:
     return [line for line in kept if line['run'] == name]
 
   def append(self, line: dict[str, Any], sync: bool) -> None:
-    """Writes one line of metrics; ``sync`` also brings it to the disk."""
+    """Writes one line of metrics; ``sync`` also brings it to the disk.
+
+    What could not be written before is written first.
+    """
     if not self.writes:
       return
-    with self.metrics.open('a') as file:
-      file.write(as_line(line))
-      if sync:
-        file.flush()
-        os.fsync(file.fileno())
+    self._unwritten.append(as_line(line))
+    size = self.metrics.stat().st_size if self.metrics.exists() else 0
+    with self._going_on():
+      try:
+        with self.metrics.open('a') as file:
+          file.writelines(self._unwritten)
+          if sync:
+            file.flush()
+            os.fsync(file.fileno())
+      except OSError:
+        with contextlib.suppress(OSError):
+          os.truncate(self.metrics, size)  # No half a line.
+        raise
+      self._unwritten = []
+
+  def save(self, name: str, step: int, state: Any) -> None:
+    """Saves a checkpoint of a run."""
+    with self._going_on():
+      jd.save(self.checkpoints(name), step, state)
+
+  @contextlib.contextmanager
+  def _going_on(self) -> Iterator[None]:
+    """Turns what the file system refuses into a warning, if asked."""
+    try:
+      yield
+    except OSError as error:
+      if not self.keep_going:
+        raise
+      warnings.warn(f'{error} Training goes on.', stacklevel=4)
 
 
 def as_line(line: dict[str, Any]) -> str:

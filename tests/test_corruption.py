@@ -1,5 +1,6 @@
 """Damaged checkpoints are found, and the one before is restored."""
 
+import errno
 import json
 import os
 import random
@@ -166,6 +167,23 @@ def test_the_report_names_leaf_and_files(saved, copy):
   with pytest.warns(jd.CorruptCheckpointWarning, match=r'2\.damaged-2\.'):
     jd.restore(directory, states[2])
   assert sorted(os.listdir(directory)) == ['1', '2.damaged', '2.damaged-2']
+
+
+def test_what_cannot_be_set_aside_is_no_reason_to_go_back(
+  saved, copy, monkeypatch
+):
+  directory, states = copy(), saved[1]
+  data_file(directory / '2').unlink()
+
+  def refuse(*args):
+    raise OSError(errno.EROFS, 'Read-only file system')
+
+  monkeypatch.setattr(os, 'replace', refuse)
+  monkeypatch.setattr(os, 'rename', refuse)
+  message = r'/2 is damaged: .* set aside \(Read-only file system\): name the'
+  with pytest.raises(jd.CorruptCheckpointError, match=message):
+    jd.restore(directory, states[2])
+  assert bits(jd.restore(directory, states[2], step=1)) == bits(states[1])
 
 
 def test_without_a_good_one_all_stay_and_it_raises(saved, copy):

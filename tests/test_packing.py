@@ -1,6 +1,8 @@
 """Packed trees come back bit for bit, and damaged bytes not at all."""
 
+import collections
 import functools
+import random
 
 import hypothesis
 import jax
@@ -94,17 +96,22 @@ def test_placed_as_asked(make_mesh):
 
 @pytest.mark.parametrize('name', COMPRESSORS)
 def test_payloads(name):
-  """What a compressor makes of two blocks, which only its classes can hold."""
+  """Of every compressor, two blocks with any bits: only its classes hold it."""
   code = COMPRESSORS[name].at(SHARED_KEY)
-  x = jax.random.normal(jax.random.key(0), (2, 128))
-  payload = code.encode(x, jax.random.key(1))
+  block = jax.ShapeDtypeStruct((2, 128), jnp.float32)
+  like = jax.eval_shape(code.encode, block, SHARED_KEY)
+  rng = np.random.default_rng(0)
+  payload = jax.tree.map(
+    lambda leaf: rng.integers(0, 2**32, leaf.shape, dtype=np.uint32).view(
+      leaf.dtype
+    ),
+    like,
+  )
   data = jd.pack(payload)
-  like = jax.eval_shape(code.encode, x, jax.random.key(1))
   assert_same(payload, jd.unpack(data, like))
   # Names of classes and fixed parts, shapes: the leaves' bytes and some more.
   num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(payload))
   assert len(data) <= num_bytes + 130
-  assert jd.pack(payload) == data
 
 
 def test_never_much_larger_and_smaller_where_it_can_be():
@@ -198,6 +205,11 @@ def test_nodes_of_classes_need_like():
   other = jd.top_k(0.1).encode(x[:, :1023], jax.random.key(0))
   with pytest.raises(ValueError, match=r'<?\[0\] is Sparse.* and Sparse'):
     jd.unpack(data, [other])
+  ordered = lambda name: collections.OrderedDict({name: x})
+  with pytest.raises(
+    ValueError, match=r"OrderedDict\('a'\) in data and Ordered"
+  ):
+    jd.unpack(jd.pack(ordered('a')), ordered('b'))
   state = optax.adam(0.1).init(x)
   assert_same(state, jd.unpack(jd.pack(state), state))
 
@@ -236,13 +248,15 @@ def test_bombs_are_refused_before_memory_is_allocated():
 
 
 # A place (as a part of the length), a length, what to do, and new bytes.
+KINDS = ['flip', 'set', 'cut', 'insert', 'copy', 'end']
+EDGES = [b'\0', b'\1', b'\x7f', b'\x80', b'\xff']
 CHANGES = st.lists(
   st.tuples(
     st.floats(0, 1, exclude_max=True),
     st.integers(1, 40),
-    st.sampled_from(['flip', 'set', 'cut', 'insert', 'copy', 'end']),
+    st.sampled_from(KINDS),
     st.one_of(
-      st.sampled_from([b'\0', b'\1', b'\x7f', b'\x80', b'\xff']),
+      st.sampled_from(EDGES),
       st.binary(min_size=1, max_size=8),
     ),
   ),
@@ -310,9 +324,17 @@ def test_damage_is_found(changes, sealed):
 
 
 @pytest.mark.slow
-@hypothesis.given(CHANGES, st.booleans())
-@hypothesis.settings(
-  max_examples=100_000, suppress_health_check=list(hypothesis.HealthCheck)
-)
-def test_damage_is_found_100_000_times(changes, sealed):
-  check_damage(changes, sealed)
+def test_damage_is_found_100_000_times():
+  """Drawn by Python, a tenth of a millisecond each."""
+  rng = random.Random(0)
+  for _ in range(100_000):
+    changes = [
+      (
+        rng.random(),
+        rng.randint(1, 40),
+        rng.choice(KINDS),
+        rng.choice(EDGES + [rng.randbytes(rng.randint(1, 8))]),
+      )
+      for _ in range(rng.randint(1, 3))
+    ]
+    check_damage(changes, rng.random() < 0.5)

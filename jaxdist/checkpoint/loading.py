@@ -74,8 +74,9 @@ def restore(
 
   Raises:
     FileNotFoundError: if there is no checkpoint, or none of that step.
-    CorruptCheckpointError: if that step is damaged, or all are. Names the leaf,
-      and its part where it was saved in several. A :class:`ValueError`.
+    CorruptCheckpointError: if that step is damaged, or all are, or a damaged
+      one cannot be set aside. Names the leaf, and its part where it was saved
+      in several. A :class:`ValueError`.
     ValueError: if the checkpoint is of another state: a leaf is only in one of
       the two, or has another shape or dtype, or is of another number of workers
       and has ``resize=None``. Names the leaf. Also if it was written by an
@@ -114,7 +115,7 @@ def restore(
       f'all checkpoints in {absolute(directory)} are damaged: {words}'
     ) from errors[0]
   for damaged, error in zip(steps, errors, strict=False):
-    aside = _set_aside(paths[damaged])
+    aside = _set_aside(paths[damaged], error)
     warnings.warn(
       f'{error} Restored step {step} instead; the damaged one is now {aside}.',
       CorruptCheckpointWarning,
@@ -201,19 +202,26 @@ def _on_any_process(flag):
   return multihost_utils.process_allgather(np.asarray(flag)).any()  # the wire
 
 
-def _set_aside(path):
-  """Renames a checkpoint, so that it is none any more."""
+def _set_aside(path, error):
+  """Renames a damaged checkpoint, so that it is none any more."""
   aside = path.with_name(f'{path.name}.damaged')
   number = 1
   while aside.exists():
     number += 1
     aside = path.with_name(f'{path.name}.damaged-{number}')
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f'jaxdist.set_aside {path.name}')
-  if jax.process_index() == 0:
-    path.rename(aside)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f'jaxdist.aside {path.name}')
+
+  def rename():
+    if jax.process_index() == 0:
+      try:
+        path.rename(aside)
+      except OSError as refused:
+        raise CorruptCheckpointError(
+          f'{error} It could not be set aside ({refused.strerror}): name the '
+          f'step to restore.'
+        ) from refused
+
+  integrity.together(lambda: None)  # All have looked before one renames.
+  integrity.together(rename)
   return aside
 
 

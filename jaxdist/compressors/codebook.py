@@ -131,14 +131,14 @@ def codebook(
     if density < 1:
       free = jnp.arange(levels) != jnp.argmin(jnp.abs(book), 1, keepdims=True)
 
-    def iterate(_, carry):
-      book, codes = carry
-      book = jnp.where(free, book, 0)
+    def iterate(_, book):
       codes = _nearest(x, book)
-      return jnp.where(free, _means(x, codes, book), 0), codes
+      return jnp.where(free, _means(x, codes, book), 0)
 
-    codes = jnp.zeros(x.shape, jnp.uint32)
-    book, codes = jax.lax.fori_loop(0, _ITERATIONS, iterate, (book, codes))
+    book = jnp.where(free, book, 0)
+    book = jax.lax.fori_loop(1, _ITERATIONS, iterate, book)
+    codes = _nearest(x, book)
+    book = iterate(_ITERATIONS, book)
     return Codebook(Packed.pack(codes, bits), book * scale)
 
   def decode(payload: Codebook) -> Float32[Array, 'blocks size']:
@@ -155,5 +155,6 @@ def codebook(
     encode=encode,
     decode=decode,
     block_size=block_size,
-    contraction=(block_size or jnp.inf) ** (-2.0 if one_sided else -1.0),
+    # A block of everything is no longer than an index can say.
+    contraction=(block_size or 2**31) ** (-2.0 if one_sided else -1.0),
   )

@@ -99,7 +99,7 @@ def test_codebook_keeps_what_it_can():
   rng = np.random.default_rng(3)
   few = rng.choice([-2, 1, 4], (2, 128)).astype(np.float32)
   np.testing.assert_array_equal(decoded(jd.codebook(3), few), few)
-  sparse = np.where(rng.uniform(size=few.shape) < 0.1, few, 0)
+  sparse = np.where(rng.uniform(size=few.shape) < 0.1, 2 * few - 4, 0)
   for code in (jd.codebook(4, density=0.2), jd.codebook(16)):
     np.testing.assert_allclose(decoded(code, sparse), sparse, 1e-6)
   same = np.full((2, 128), 0.3, np.float32)

@@ -380,6 +380,33 @@ def test_lost_metrics_are_noticed(data, tmp_path):
     folder.check({'steps': 7}, resume=True, overwrite=False)
 
 
+def test_a_full_disk_stops_training_or_not_as_asked(tmp_path):
+  resource = pytest.importorskip('resource')
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  lines = [{'run': 'dense', 'step': step + 1} for step in range(40)]
+  folder = record.Folder(tmp_path, keep_going=True)
+  state = {'w': np.random.default_rng(0).normal(size=1000)}
+  for line in lines[:20]:
+    folder.append(line, sync=False)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (590, before[1]))
+  try:
+    for line in lines[20:30]:
+      with pytest.warns(UserWarning, match=r'File too large.* goes on\.'):
+        folder.append(line, sync=True)
+    with pytest.warns(UserWarning, match=r'step 30 was not saved .* goes on\.'):
+      folder.save('dense', 30, state)
+    assert folder.load_lines() == lines[:20]
+    with pytest.raises(OSError, match='step 30 was not saved'):
+      record.Folder(tmp_path).save('dense', 30, state)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  for line in lines[30:]:
+    folder.append(line, sync=True)
+  folder.save('dense', 40, state)
+  assert folder.load_lines() == lines
+  assert jd.latest_step(folder.checkpoints('dense')) == 40
+
+
 def test_folder_in_use_is_refused(run_main, tmp_path):
   with record.locked(tmp_path):
     said = run_main('--out', tmp_path, '--workers', 2)

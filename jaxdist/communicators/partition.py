@@ -50,7 +50,7 @@ def partition(
     raise ValueError('communicators must have at least one entry, got none.')
   for communicator in communicators.values():
     base.check_communicator(communicator)
-  axes = sorted({c.axis for c in communicators.values()})
+  axes = sorted({c.axis for c in communicators.values()}, key=repr)
   if len(axes) > 1:
     raise ValueError(f'communicators must share one axis, got {axes}.')
   if len({c.agrees for c in communicators.values()}) > 1:

@@ -75,7 +75,7 @@ def staged(
     raise ValueError(
       f'boundaries must rise from at least 1, got {list(boundaries)}.'
     )
-  axes = sorted({c.axis for c in communicators})
+  axes = sorted({c.axis for c in communicators}, key=repr)
   if len(axes) > 1:
     raise ValueError(f'communicators must share one axis, got {axes}.')
   if len({c.agrees for c in communicators}) > 1:

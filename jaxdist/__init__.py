@@ -1,5 +1,7 @@
 """Communication-efficient distributed training, as Optax transformations."""
 
+from jaxdist.accounting import CHIPS as CHIPS
+from jaxdist.accounting import Chip as Chip
 from jaxdist.accounting import Collective as Collective
 from jaxdist.accounting import Traffic as Traffic
 from jaxdist.accounting import topology_mesh as topology_mesh

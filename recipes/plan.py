@@ -34,7 +34,7 @@ import jaxdist as jd
 DCN = 'between slices'
 WORKERS = 'dcn'
 DENSE = 'dense'
-EVERY = 100  # steps between DiLoCo's exchanges
+EVERY = 100  # steps between the exchanges of an outer loop
 
 
 def adamw() -> optax.GradientTransformation:
@@ -49,9 +49,23 @@ def with_feedback(exchange: jd.Communicator) -> optax.GradientTransformation:
   return optax.chain(jd.error_feedback(exchange), adamw())
 
 
-def diloco(exchange: jd.Communicator) -> optax.GradientTransformation:
+def diloco(
+  exchange: jd.Communicator, **options
+) -> optax.GradientTransformation:
   outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
-  return jd.diloco(adamw(), outer, exchange, every=EVERY)
+  return jd.diloco(adamw(), outer, exchange, every=EVERY, **options)
+
+
+def streaming(exchange: jd.Communicator) -> optax.GradientTransformation:
+  return diloco(exchange, fragments=4, delay=1, mix=0.5)
+
+
+def noloco(exchange: jd.Communicator) -> optax.GradientTransformation:
+  return jd.noloco(adamw(), EVERY, pairing=exchange)
+
+
+def co2(exchange: jd.Communicator) -> optax.GradientTransformation:
+  return jd.co2(adamw(), exchange, EVERY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +77,26 @@ class Method:
     exchange: between the slices, for one chip's shards.
     transform: what uses it.
     every: steps between exchanges.
+    code: that the exchange may gather, or send in two rounds.
   """
 
   help: str
   exchange: jd.Communicator
   transform: Callable[[jd.Communicator], optax.GradientTransformation]
   every: int = 1
+  code: jd.Compressor | None = None
 
 
 def mean(code: jd.Compressor | None = None, **options) -> jd.Communicator:
   return jd.mean(WORKERS, code, **options)
+
+
+def coded(help: str, code: jd.Compressor, **options) -> Method:
+  return Method(help, mean(code, **options), with_feedback, code=code)
+
+
+def outer(help: str, exchange: jd.Communicator, loop) -> Method:
+  return Method(help.format(EVERY), exchange, loop, every=EVERY)
 
 
 INT8 = jd.quantize(bits=8)
@@ -81,21 +105,33 @@ METHODS = {
   'late': Method(
     'the same, one step late, behind the compute', mean(delay=1), dense
   ),
-  'int8': Method('8 bits a number', mean(INT8), with_feedback),
-  'int8-late': Method(
-    '8 bits a number, one step late', mean(INT8, delay=1), with_feedback
+  'int8': coded('8 bits a number', INT8),
+  'int8-late': coded(
+    '8 bits a number, one step late, behind the compute', INT8, delay=1
   ),
-  'int4': Method('4 bits a number', mean(jd.quantize(bits=4)), with_feedback),
-  'sign': Method('1 bit a number', mean(jd.sign()), with_feedback),
-  'top-k': Method('the largest 1%', mean(jd.top_k(0.01)), with_feedback),
+  'int4': coded('4 bits a number', jd.quantize(bits=4)),
+  'sign': coded('1 bit a number', jd.sign()),
+  'top-k': coded('the largest 1%', jd.top_k(0.01)),
   'power-sgd': Method(
     'matrices of rank 4', jd.low_rank_mean(WORKERS, rank=4), with_feedback
   ),
-  'diloco': Method(
-    f'the change of {EVERY} steps, in 4-bit floats',
+  'diloco': outer(
+    'the change of {} steps, in 4-bit floats', mean(jd.float4()), diloco
+  ),
+  'streaming': outer(
+    'the same, a fragment at a time, behind the compute',
     mean(jd.float4()),
-    diloco,
-    every=EVERY,
+    streaming,
+  ),
+  'noloco': outer(
+    'averages of pairs every {} steps, in float32',
+    jd.gossip(WORKERS, 'random_pairs'),
+    noloco,
+  ),
+  'co2': outer(
+    'the change of {} steps, in float32, a round late, behind the compute',
+    mean(),
+    co2,
   ),
 }
 
@@ -184,7 +220,7 @@ def links(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jd.Link]:
 
 
 def compiled_traffic(config: Config, mesh, name: str):
-  """The method's program, read; and bytes claimed for numbers of slices."""
+  """The method's program, read; bytes claimed for numbers of slices."""
   params = decoder.param_shapes(decoder.SIZES[config.model])
   specs = decoder.fsdp_specs(params)
   exchange = jd.per_shard(METHODS[name].exchange, specs)
@@ -206,8 +242,12 @@ def compiled_traffic(config: Config, mesh, name: str):
   )
   counts = sorted({2, 4, 8, 16, 64, config.slices})
   every = METHODS[name].every
-  claimed = {n: exchange.bytes_sent(placed, n) / every for n in counts}
-  return traffic, claimed
+  sent = lambda exchange: {
+    n: exchange.bytes_sent(placed, n) / every for n in counts
+  }
+  code = METHODS[name].code
+  gathered = jd.per_shard(mean(code, method='gather'), specs)
+  return traffic, sent(exchange), sent(gathered) if code else None
 
 
 def break_even(traffic, dense, known, efficiency) -> float:
@@ -240,7 +280,7 @@ def make_plans(config: Config, console: Console) -> tuple[list[Plan], dict]:
     for name in names:
       task = progress.add_task(f'compiling {name}', total=1)
       start = time.perf_counter()
-      traffic, claimed = compiled_traffic(config, mesh, name)
+      traffic, claimed, gathered = compiled_traffic(config, mesh, name)
       found[name] = traffic
       taken = time.perf_counter() - start
       cost = jd.step_time(traffic, known, efficiency=config.efficiency)
@@ -258,6 +298,7 @@ def make_plans(config: Config, console: Console) -> tuple[list[Plan], dict]:
           else break_even(traffic, found[DENSE], known, config.efficiency),
           compile_seconds=taken,
           by_slices=claimed,
+          gathered=gathered,
         )
       )
       progress.update(task, completed=1)

@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from page import COLORS, duration, html_table, page, size, svg
+from page import COLORS, TEXT, duration, html_table, page, size, svg
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 DCN = 'between slices'
@@ -17,7 +18,7 @@ COLUMNS = (
   'memory',
   'to slices',
   'fewer',
-  'chip links',
+  'inside',
   'exposed',
   'step',
   'faster',
@@ -25,10 +26,11 @@ COLUMNS = (
 )
 NOTES = (
   "For one chip and one step. Memory and bytes are the compiled program's; "
-  'what DiLoCo sends once in many steps counts for its share. Exposed: how '
-  'long compute waits for transfers between slices, by the cost model. Pays '
-  'below: the bandwidth of a chip between slices below which a step is faster '
-  'than dense. Steps are compared, not what they learn.'
+  'what is sent once in many steps counts for its share. Inside: over the '
+  'links of a slice. Exposed: how long compute waits for transfers between '
+  'slices, by the cost model. Pays below: the bandwidth of a chip between '
+  'slices below which a step is faster than dense. Steps are compared, not '
+  'what they learn.'
 )
 
 
@@ -47,6 +49,8 @@ class Plan:
     break_even: bytes a second between slices below which it beats dense.
     compile_seconds: that it took to find out.
     by_slices: bytes a chip sends between slices, claimed for other numbers.
+    gathered: the same if each slice got the payloads of all; None where
+      payloads are not gathered at all.
   """
 
   method: str
@@ -59,6 +63,7 @@ class Plan:
   break_even: float | None
   compile_seconds: float
   by_slices: dict[int, float]
+  gathered: dict[int, float] | None = None
 
 
 def rows(plans: list[Plan]) -> list[tuple[str, ...]]:
@@ -92,14 +97,22 @@ def rate(bytes_per_second: float | None) -> str:
     return 'never'
   if math.isinf(bytes_per_second):
     return 'any'
-  return f'{bytes_per_second * 8 / 1e9:,.3g} Gbit/s'
+  gbits = bytes_per_second * 8 / 1e9
+  return f'{gbits:,.0f} Gbit/s' if gbits >= 100 else f'{gbits:.3g} Gbit/s'
 
 
 def terminal_table(plans: list[Plan], title: str) -> Table:
   """The plans side by side."""
-  table = Table(title=title, caption=NOTES, caption_justify='left')
+  table = Table(
+    title=title,
+    caption=NOTES,
+    caption_justify='left',
+    box=SIMPLE_HEAD,
+    padding=0,
+    pad_edge=False,
+  )
   for i, column in enumerate(COLUMNS):
-    table.add_column(column, justify='right' if i else 'left')
+    table.add_column(column, justify='right' if i else 'left', no_wrap=True)
   for row in rows(plans):
     table.add_row(*row)
   return table
@@ -123,7 +136,9 @@ def write(
 <h2>A step: compute, and waiting for transfers</h2>
 <figure>{svg(draw_steps, plans, 'Step time', 1 + 0.4 * len(plans))}</figure>
 <h2>Bytes that a chip sends between slices, over the number of slices</h2>
-<p>Lines: what the communicators claim. Dots: compiled.</p>
+<p>Lines: what the communicators claim. Dots: compiled. Codes go in two rounds,
+by which a chip sends about twice its payload at any number of slices; dotted:
+what gathering all payloads would take.</p>
 <figure>{svg(draw_slices, plans, 'Bytes over slices')}</figure>
 {schedules}
 <h2>Settings</h2>
@@ -145,7 +160,7 @@ def draw_steps(axes, plans: list[Plan]) -> None:
   axes.barh(names, waits, left=rest, color=COLORS[1], label='between slices')
   axes.invert_yaxis()
   axes.set_xlabel('milliseconds')
-  axes.legend(frameon=False)
+  axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
 
 def draw_slices(axes, plans: list[Plan]) -> None:
@@ -153,11 +168,24 @@ def draw_slices(axes, plans: list[Plan]) -> None:
     color = COLORS[i % len(COLORS)]
     style = '-' if i < len(COLORS) else '--'
     counts, sent = zip(*plan.by_slices.items(), strict=True)
-    axes.loglog(counts, sent, style, color=color, label=plan.method, base=2)
+    axes.plot(counts, sent, style, color=color, label=plan.method)
     axes.plot(
       plan.slices, plan.bytes_by_link[DCN], 'o', color=color, clip_on=False
     )
+  gathered = next((p for p in plans if p.gathered), None)
+  if gathered:
+    label = f'{gathered.method}, if gathered'
+    axes.plot(
+      *zip(*gathered.gathered.items(), strict=True),
+      ':',
+      color=TEXT,
+      label=label,
+    )
+  axes.set_xscale('log', base=2)
+  axes.set_yscale('log')
   axes.set_xticks(counts, [str(n) for n in counts])
+  axes.minorticks_off()
+  axes.yaxis.set_major_formatter(lambda value, _: size(value))
   axes.set_xlabel('slices')
-  axes.set_ylabel('bytes a chip a step')
-  axes.legend(frameon=False)
+  axes.set_ylabel('a chip, a step')
+  axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)

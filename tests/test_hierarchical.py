@@ -360,6 +360,11 @@ def test_levels_that_cannot_be(fast, slow, message):
 
 
 def test_axes_that_cannot_be():
+  both = hierarchical('dense')
+  with pytest.raises(ValueError, match=r"share one axis, got \['dcn', \('dcn'"):
+    jd.partition({'a': both, 'b': jd.mean('dcn')}, lambda tree: tree)
+  with pytest.raises(ValueError, match='must lie along one axis'):
+    jd.per_shard(both, P('fsdp'))
   tx = jd.error_feedback(hierarchical('dense'))
   with pytest.raises(ValueError, match='several need a mesh'):
     jd.init(tx, params(), axis=AXES, workers=4)

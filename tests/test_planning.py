@@ -47,20 +47,47 @@ def test_coded_steps_by_hand():
   busy = 0.002 + eight / 12.5e6
   assert found['8 bits'].step_seconds == pytest.approx(0.1 + codec + busy)
   # One round more for the flag, and 0.1 s of it hidden.
-  late = found['8 bits, a step late']
-  busy = 0.004 + late.bytes_a_step / 12.5e6
-  assert late.step_seconds == pytest.approx(0.1 + codec + max(0, busy - 0.1))
+  for name, codec_seconds in (('dense', 0), ('8 bits', codec)):
+    late = found[f'{name}, a step late']
+    busy = 0.004 + late.bytes_a_step / 12.5e6
+    assert late.codec_seconds == codec_seconds
+    assert late.step_seconds == pytest.approx(
+      0.1 + codec_seconds + max(0, busy - 0.1)
+    )
   # Two all-reduces, two rounds each.
   low_rank = found['low rank']
   busy = 0.004 + low_rank.bytes_a_step / 12.5e6
   assert low_rank.step_seconds == pytest.approx(0.1 + codec + busy)
-  # Once in 100 steps.
-  diloco = found['DiLoCo, 4 bits']
+  # Once in so many steps; streaming in four parts, 0.1 s of each hidden.
   sent = jd.mean('data', jd.float4()).bytes_sent(MATRIX, 8)
-  assert diloco.bytes_a_step == pytest.approx(sent / 100)
-  assert diloco.step_seconds == pytest.approx(
-    0.1 + (codec + 0.002 + sent / 12.5e6) / 100
+  for every in (10, 30, 100, 500):
+    diloco = found[f'DiLoCo every {every}, 4 bits']
+    assert diloco.bytes_a_step == pytest.approx(sent / every)
+    assert diloco.step_seconds == pytest.approx(
+      0.1 + (codec + 0.002 + sent / 12.5e6) / every
+    )
+  streaming = found['streaming DiLoCo every 100, 4 bits']
+  assert streaming.bytes_a_step == pytest.approx(sent / 100)
+  assert streaming.step_seconds == pytest.approx(0.1 + codec / 100)
+  # Whole matrices: 7/4 of them, of which a step hides 0.1 s; one to a partner.
+  busy = 0.002 + 2 * 4 * 1024**2 * 7 / 8 / 12.5e6
+  assert found['CO2 every 100'].step_seconds == pytest.approx(
+    0.1 + (busy - 0.1) / 100
   )
+  assert found['NoLoCo every 100'].step_seconds == pytest.approx(
+    0.1 + (0.001 + 4 * 1024**2 / 12.5e6) / 100
+  )
+
+
+def test_the_slower_the_link_the_longer_the_workers_are_alone():
+  choices = []
+  for rate in (200e9, 100e6, 10e6, 1e6, 2e5, 2e4):
+    choices.append(jd.advise(MATRIX, 8, jd.Link(rate), 0.02).choice)
+  names = [c.name for c in CANDIDATES]
+  places = [names.index(choice) for choice in choices]
+  assert places == sorted(places)
+  assert choices[0] == 'dense'
+  assert 'DiLoCo every' in choices[-1]
 
 
 def test_on_a_link_at_break_even_a_method_is_as_fast_as_dense():
@@ -87,7 +114,7 @@ def test_of_equals_the_one_that_changes_training_least():
   """At this rate 8 bits are within 5% of the fastest; dense is not."""
   names = [c.name for c in CANDIDATES]
   for rate in np.geomspace(1e6, 1e12, 4):
-    advice = jd.advise(MATRIX, 4, jd.Link(rate), 0.1)
+    advice = jd.advise(MATRIX, 8, jd.Link(rate), 0.1)
     seconds = {p.name: p.step_seconds for p in advice.predictions}
     near = [n for n in names if seconds[n] <= 1.05 * min(seconds.values())]
     assert advice.choice == near[0]

@@ -39,7 +39,7 @@ def step_traffic(communicator):
   }
   params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
   sharded = jd.per_shard(communicator, SPECS)
-  tx = optax.chain(jd.error_feedback(sharded), optax.adam(1e-3))
+  tx = optax.chain(jd.error_feedback(sharded), optax.sgd(0.1))
   where = {'mesh': mesh, 'axis': 'dcn', 'specs': SPECS}
   state = jd.init(tx, params, **where)
   step = jd.train_step(loss, tx, batch_spec=P('fsdp'), **where)
@@ -78,12 +78,15 @@ def test_only_payloads_are_new_and_only_between_slices(communicator, dense):
   assert claimed < dense[1] / 10
 
 
-def test_delayed_mean_travels_behind_all_matmuls():
-  traffic, claimed = step_traffic(jd.mean('dcn', delay=1))
+@pytest.mark.parametrize('code', [None, jd.quantize(bits=8)], ids=repr)
+def test_delayed_mean_travels_behind_all_matmuls(code):
+  traffic, claimed = step_traffic(jd.mean('dcn', code, delay=1))
   between = [r for r in traffic.rows if r.link == SLICES]
   hidden = [r for r in between if r.spans_all_matmuls]
   waited = sum(r.bytes_sent for r in between if not r.spans_all_matmuls)
   assert sum(r.bytes_sent for r in hidden) > 0.9 * claimed
+  # What is coded is there when the step begins: it opens before the rest.
+  assert max(r.start for r in hidden) < 0.1
   assert waited <= 1024  # The flags of this step.
 
 

@@ -21,6 +21,7 @@ import jaxdist as jd
 
 DATA = P('data')
 BOTH = P(('dcn', 'data'))
+DCN = P('dcn')
 
 
 def sharded(mesh, spec, shape, dtype=jnp.float32):
@@ -307,6 +308,27 @@ def test_manual_over_one_axis(dcn_mesh):
   assert sent.by_axis() == {'dcn': 16}
 
 
+def test_nested_shard_map(dcn_mesh):
+  """A gather of each device's part, within one over the outer axis alone."""
+
+  def part(x):
+    return lax.all_gather(x, 'data').sum(0) + lax.psum(x, 'dcn')
+
+  def step(x):
+    inner = jax.shard_map(
+      part, in_specs=P('data'), out_specs=P('data'), axis_names={'data'}
+    )
+    return inner(2 * x)
+
+  outer = jax.shard_map(
+    step, mesh=dcn_mesh, in_specs=DCN, out_specs=DCN, axis_names={'dcn'},
+    check_vma=False,
+  )  # fmt: skip
+  sent = jd.traffic(jax.jit(outer), sharded(dcn_mesh, BOTH, (8 * 24,)))
+  # 96 bytes to 3 others of a slice; 2 * 96 * 1/2 to its like in the other.
+  assert sent.by_axis() == {'data': 288, 'dcn': 96}
+
+
 def test_groups_that_are_no_axis(traffic_of):
   groups = [[0, 3], [1, 2], [4, 5], [6, 7]]
   (row,) = traffic_of(
@@ -414,6 +436,16 @@ def test_matrix_product_of_the_partitioner(dcn_mesh):
   # 32 x 16 floats are 2048 bytes; 2 * 2048 * 3/4.
   assert (row.kind, row.axis, row.bytes_sent) == ('all-reduce', 'data', 3072)
   assert row.source == 'dot_general'
+
+
+def test_chips_can_be_added(monkeypatch):
+  """Two products of 64 x 32 by 32 x 16 each, at rates of the user's own."""
+  step = jax.jit(lambda a, b: jnp.tanh(a @ b) @ b.T)
+  shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 32), (32, 16))]
+  monkeypatch.setitem(jd.CHIPS, 'cpu', jd.Chip(flops=1e3, memory_bytes=1e12))
+  work = jd.traffic(step, *shapes).work
+  assert work.flops == 2 * 2 * 64 * 32 * 16
+  assert work.seconds == pytest.approx(work.flops / 1e3, rel=1e-3)
 
 
 def test_no_collectives():

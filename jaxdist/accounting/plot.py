@@ -1,5 +1,6 @@
 """A picture of a schedule: compute in one lane, each link in another."""
 
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ _LINKS = {
 }
 _BAR = 0.8
 _LETTER = 0.0061  # about the width of one in a label, as a share of the axis
-_MOST_LABELLED = 12  # lanes
+_MOST_LANES = 12  # of one link
 _BLOCKING = 0.004  # drawn width of a transfer with no compute beside it
 
 
@@ -68,46 +69,53 @@ def _rows_of(traffic: Any, schedule: Schedule) -> list[Collective]:
 
 
 class _Bar(NamedTuple):
-  """A transfer as it is drawn.
+  """Transfers of one link that are drawn as one.
 
   Attributes:
-    row: the transfer.
-    end: of its bar.
+    link: their link.
+    start: of the bar.
+    end: likewise.
+    label: what it says.
     left: of bar and label.
     right: likewise.
     label_at: where the label is anchored.
     label_side: which end of the label is there.
   """
 
-  row: Collective
+  link: str
+  start: float
   end: float
+  label: str
   left: float
   right: float
   label_at: float
   label_side: str
 
-  @property
-  def label(self) -> str:
-    return _label(self.row)
 
-
-def _bar(row: Collective, labelled: bool) -> _Bar:
+def _bar(rows: list[Collective]) -> _Bar:
   """Puts the label on the bar if it fits, else where there is room."""
-  end = max(row.end, row.start + _BLOCKING)
-  width = _LETTER * (len(_label(row)) + 2)
-  if not labelled or width < end - row.start:
-    return _Bar(row, end, row.start, end, (row.start + end) / 2, 'center')
+  # One that blocks at the very end is still to be seen.
+  start = min(min(row.start for row in rows), 1 - _BLOCKING)
+  end = max(max(row.end for row in rows), start + _BLOCKING)
+  label = _size(sum(row.bytes_sent for row in rows))
+  kinds = {row.kind for row in rows}
+  name = kinds.pop() if len(kinds) == 1 else 'transfers'
+  label = (
+    f'{len(rows)} x {name}, {label}' if len(rows) > 1 else (f'{name} {label}')
+  )
+  bar = (rows[0].link, start, end, label)
+  width = _LETTER * (len(label) + 2)
+  if width < end - start:
+    return _Bar(*bar, start, end, (start + end) / 2, 'center')
   if end + width < 1:
-    return _Bar(row, end, row.start, end + width, end + _LETTER, 'left')
-  left = row.start - width
-  return _Bar(row, end, left, end, row.start - _LETTER, 'right')
+    return _Bar(*bar, start, end + width, end + _LETTER, 'left')
+  return _Bar(*bar, start - width, end, start - _LETTER, 'right')
 
 
-def _lanes(rows: list[Collective], labelled: bool) -> list[list[_Bar]]:
+def _lanes(groups: list[list[Collective]]) -> list[list[_Bar]]:
   """Lines of bars, of which none touches the next."""
   lanes: list[list[_Bar]] = []
-  bars = [_bar(row, labelled) for row in rows]
-  for bar in sorted(bars, key=lambda bar: (bar.left, -bar.right)):
+  for bar in sorted(map(_bar, groups), key=lambda bar: (bar.left, -bar.right)):
     for lane in lanes:
       if lane[-1].right <= bar.left:
         lane.append(bar)
@@ -118,17 +126,30 @@ def _lanes(rows: list[Collective], labelled: bool) -> list[list[_Bar]]:
 
 
 def _stacked(rows: list[Collective]) -> dict[str, list[list[_Bar]]]:
-  """For each link its lanes; labels only where they leave few of them."""
+  """For each link its lanes; where they would be many, what touches is one."""
   links: dict[str, list[Collective]] = {}
-  for row in rows:
+  for row in sorted(rows, key=lambda row: (row.start, row.end)):
     links.setdefault(row.link, []).append(row)
   stacked = {}
-  for link in sorted(links):
-    lanes = _lanes(links[link], labelled=True)
-    if len(lanes) > _MOST_LABELLED:
-      lanes = _lanes(links[link], labelled=False)
+  for link, of_link in sorted(links.items()):
+    lanes = _lanes([[row] for row in of_link])
+    if len(lanes) > _MOST_LANES:
+      lanes = _lanes(_touching(of_link))
     stacked[link] = lanes
   return stacked
+
+
+def _touching(rows: list[Collective]) -> list[list[Collective]]:
+  """Rows in groups, between which nothing is open."""
+  groups: list[list[Collective]] = []
+  end = -math.inf
+  for row in rows:
+    if row.start <= end + 2 * _BLOCKING:
+      groups[-1].append(row)
+    else:
+      groups.append([row])
+    end = max(end, row.end)
+  return groups
 
 
 def _panel(axes: Any, schedule: Schedule, rows: list[Collective]) -> None:
@@ -148,7 +169,7 @@ def _panel(axes: Any, schedule: Schedule, rows: list[Collective]) -> None:
     labels.append(link)
     for bars in lanes:
       for bar in bars:
-        _transfer(axes, lane, bar, labelled=len(lanes) <= _MOST_LABELLED)
+        _transfer(axes, lane, bar)
       lane += 1
   axes.set_yticks(ticks, labels)
   axes.set_ylim(lane - 0.4, -0.6)
@@ -176,29 +197,19 @@ def _panel(axes: Any, schedule: Schedule, rows: list[Collective]) -> None:
   )
 
 
-def _transfer(axes: Any, lane: int, bar: _Bar, labelled: bool) -> None:
+def _transfer(axes: Any, lane: int, bar: _Bar) -> None:
   axes.barh(
     lane,
-    bar.end - bar.row.start,
-    left=bar.row.start,
+    bar.end - bar.start,
+    left=bar.start,
     height=_BAR,
-    color=_LINKS[bar.row.link],
+    color=_LINKS[bar.link],
     edgecolor='white',
     linewidth=0.4,
   )
-  if labelled:
-    axes.text(
-      bar.label_at,
-      lane,
-      bar.label,
-      ha=bar.label_side,
-      va='center',
-      fontsize=7,
-    )
-
-
-def _label(row: Collective) -> str:
-  return f'{row.kind} {_size(row.bytes_sent)}'
+  axes.text(
+    bar.label_at, lane, bar.label, ha=bar.label_side, va='center', fontsize=7
+  )
 
 
 def _size(num_bytes: float) -> str:

@@ -72,7 +72,7 @@ def check_together(communicators: Mapping[Any, Any] | Sequence[Any]) -> None:
     raise ValueError('communicators must have at least one entry, got none.')
   for part in parts:
     check_communicator(part)
-  axes = sorted({part.axis for part in parts})
+  axes = sorted({part.axis for part in parts}, key=repr)
   if len(axes) > 1:
     raise ValueError(f'communicators must share one axis, got {axes}.')
   if len({part.agrees for part in parts}) > 1:

@@ -65,9 +65,11 @@ def mean(
     method: the pattern. ``'auto'`` takes ``psum`` for linear codes, else
       ``gather`` where it sends no more than ``two_shot`` or is small (64 KiB),
       else ``two_shot``.
-    delay: 1 gives the mean of what was handed in one step ago (zeros at first),
-      so that nothing in a step waits for its transfer; one int32 all-reduce
-      more tells at once of numbers that are not finite.
+    delay: 1 gives the mean of what was handed in one step ago (zeros at first).
+      A step encodes what the next one sends, so that in a step nothing waits
+      for the transfer, nor the transfer for anything; of ``two_shot`` that
+      holds for the first round. One int32 all-reduce more tells at once of
+      numbers that are not finite.
     bucket_bytes: float32 bytes of updates in a bucket; bounds the memory that
       encoding needs.
     seed: of the codes that draw random numbers.

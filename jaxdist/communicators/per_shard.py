@@ -40,8 +40,9 @@ def per_shard(
     A :class:`Communicator`.
 
   Raises:
-    ValueError: if a spec names the workers' axis, an axis that the mesh does
-      not have, or more dimensions than its leaf has, or does not divide it.
+    ValueError: if the communicator lies along several axes, or a spec names the
+      workers' axis, an axis that the mesh does not have, or more dimensions
+      than its leaf has, or does not divide it.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -60,6 +61,11 @@ def per_shard(
   """
   base.check_communicator(communicator)
   axis = communicator.axis
+  if not isinstance(axis, str):
+    raise ValueError(
+      f'communicator must lie along one axis, whose workers have devices with '
+      f'shards; {communicator!r} lies along {axis}.'
+    )
 
   def init(tree, feedback=False):
     def init_group(group):

@@ -1,6 +1,7 @@
 """Which method pays on given links, and whether any does."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from jaxdist.communicators import low_rank_mean, mean
+from jaxdist.communicators import gossip, low_rank_mean, mean
 from jaxdist.communicators.base import Communicator
 from jaxdist.compressors import float4, quantize, sign, top_k
 from jaxdist.planning.links import Link
@@ -37,15 +38,30 @@ class Candidate:
     name: what it is called in the table.
     code: how to write it.
     communicator: from the workers' axis to what exchanges.
-    every: steps between exchanges.
-    delay: whether the next step's compute hides the exchange.
+    every: steps in which all is exchanged once.
+    fragments: in how many parts, each at a turn of its own.
+    delay: whether a step's compute hides the transfer of a turn.
   """
 
   name: str
   code: str
   communicator: Callable[[str], Communicator]
   every: int = 1
+  fragments: int = 1
   delay: bool = False
+
+
+def _diloco(every):
+  return Candidate(
+    f'DiLoCo every {every}, 4 bits',
+    f"jd.diloco(inner, outer, jd.mean('data', jd.float4()), every={every})",
+    _float4_mean,
+    every=every,
+  )
+
+
+def _float4_mean(axis):
+  return mean(axis, float4())
 
 
 # From the least change to training to the greatest.
@@ -60,6 +76,12 @@ CANDIDATES = (
     '4 bits',
     "jd.error_feedback(jd.mean('data', jd.quantize(bits=4)))",
     lambda axis: mean(axis, quantize(bits=4)),
+  ),
+  Candidate(
+    'dense, a step late',
+    "jd.communicate(jd.mean('data', delay=1))",
+    lambda axis: mean(axis, delay=1),
+    delay=True,
   ),
   Candidate(
     '8 bits, a step late',
@@ -88,12 +110,30 @@ CANDIDATES = (
     lambda axis: mean(axis, quantize(bits=2)),
     every=4,
   ),
+  *map(_diloco, (10, 30, 100)),
   Candidate(
-    'DiLoCo, 4 bits',
-    "jd.diloco(inner, outer, jd.mean('data', jd.float4()), every=100)",
-    lambda axis: mean(axis, float4()),
+    'streaming DiLoCo every 100, 4 bits',
+    "jd.diloco(inner, outer, jd.mean('data', jd.float4()), every=100,\n"
+    '    fragments=4, delay=1, mix=0.5)',
+    _float4_mean,
+    every=100,
+    fragments=4,
+    delay=True,
+  ),
+  Candidate(
+    'CO2 every 100',
+    "jd.co2(inner, jd.mean('data'), every=100)",
+    mean,
+    every=100,
+    delay=True,
+  ),
+  Candidate(
+    'NoLoCo every 100',
+    "jd.noloco(inner, every=100, pairing=jd.gossip('data', 'random_pairs'))",
+    lambda axis: gossip(axis, 'random_pairs'),
     every=100,
   ),
+  _diloco(500),
 )
 
 
@@ -197,14 +237,16 @@ def advise(
   .. math::
 
     t = c + \frac1H\Big(\frac{5 \cdot 4 n}{M}
-      + \max\big(0, r l + \frac{b}{B} - h\big)\Big)
+      + P \max\big(0, r l + \frac{b}{P B} - h\big)\Big)
 
-  with compute :math:`c`, exchanges every :math:`H` steps, :math:`n` numbers to
-  code at :math:`M` bytes of memory a second, :math:`b` bytes sent in :math:`r`
-  rounds of latency :math:`l` over a link of :math:`B` bytes a second, and
-  :math:`h = c` for what the next step hides, else 0. Bytes are those that the
-  communicators claim, and the compiled programs send; rounds are counted in
-  what the communicators trace to. Nothing is compiled.
+  with compute :math:`c`, exchanges every :math:`H` steps in :math:`P`
+  fragments, :math:`n` numbers to code at :math:`M` bytes of memory a second (0
+  where nothing is coded), :math:`b` bytes sent in :math:`r` rounds of latency
+  :math:`l` over a link of :math:`B` bytes a second, and :math:`h = c` for what
+  a step hides, else 0. Bytes are those that the communicators claim, and the
+  compiled programs send; rounds are counted in what the communicators trace to.
+  Nothing is compiled. Outer loops are there with several H: taken is the
+  shortest that is fast enough.
 
   Args:
     params: arrays or shapes of what one device exchanges: its shards, where
@@ -227,9 +269,12 @@ def advise(
     >>> import jax.numpy as jnp
     >>> import jaxdist as jd
     >>> params = {'w': jnp.zeros((1024, 1024))}
-    >>> print(jd.advise(params, 8, jd.Link(12.5e6, 1e-3), compute_seconds=0.1))
-    method               bytes a step      step  speedup     pays below
-    DiLoCo, 4 bits              9,247  0.1008 s ...
+    >>> advice = jd.advise(params, 8, jd.Link(12.5e6, 1e-3), 0.1)
+    >>> advice.choice
+    'DiLoCo every 30, 4 bits'
+    >>> print(advice)
+    method                              bytes a step      step  speedup  ...
+    streaming DiLoCo every 100, 4 bits         9,247       0.1 s ...
     >>> jd.advise(params, 8, jd.Link(200e9), compute_seconds=0.1).compress
     False
   """
@@ -241,24 +286,23 @@ def advise(
   }.items():
     if not value > 0:
       raise ValueError(f'{name} must be positive, got {value}.')
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params
-  )
-  numbers = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+  leaves, treedef = jax.tree.flatten(params)
+  shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+  numbers = sum(math.prod(x.shape) for x in shapes)
   codec = _CODEC_PASSES * 4 * numbers / memory_bytes_per_second
 
   def cost(candidate):
     """Bytes, codec seconds, and step seconds as a function of bandwidth."""
-    communicator = candidate.communicator(_AXIS)
-    num_bytes = float(communicator.bytes_sent(shapes, workers))
-    rounds = _rounds(communicator, shapes, workers)
-    own_codec = 0.0 if candidate is candidates[0] else codec
-    hidden = compute_seconds if candidate.delay else 0.0
+    exchange = _exchange(candidate.communicator, treedef, shapes, workers)
+    num_bytes, rounds, is_coded = exchange
+    rounds *= candidate.fragments
+    own_codec = codec if is_coded else 0.0
+    hidden = candidate.fragments * compute_seconds if candidate.delay else 0.0
 
     def seconds(bytes_per_second):
       busy = Link(bytes_per_second, link.latency).seconds(num_bytes, rounds)
-      exchange = own_codec + max(0.0, busy - hidden)
-      return compute_seconds + exchange / candidate.every
+      exposed = own_codec + max(0.0, busy - hidden)
+      return compute_seconds + exposed / candidate.every
 
     return num_bytes, rounds, own_codec, seconds
 
@@ -297,9 +341,10 @@ def break_even(
     dense: likewise.
 
   Returns:
-    Bytes a second: 0 if the method is faster on no link, infinite if on all.
+    Bytes a second: 0 if the method is faster on no link of at least 10 kB/s,
+    infinite if on all.
   """
-  slow, fast = 1.0, 1e15
+  slow, fast = 1e4, 1e15
   if method(slow) >= dense(slow):
     return 0.0
   if method(fast) < dense(fast):
@@ -313,29 +358,44 @@ def break_even(
   return slow
 
 
-def _rounds(communicator, shapes, workers):
+@functools.lru_cache(maxsize=256)  # Links and speeds change nothing here.
+def _exchange(make, treedef, shapes, workers):
+  """Bytes and rounds of an exchange, and whether it codes."""
+  communicator = make(_AXIS)
+  tree = treedef.unflatten(shapes)
+  num_bytes = float(communicator.bytes_sent(tree, workers))
+  is_coded = not (communicator.unbiased and communicator.contraction == 1)
+  return num_bytes, _rounds(communicator, tree, workers), is_coded
+
+
+def _rounds(communicator, tree, workers):
   """Sequential rounds of an exchange, of which buckets share none."""
   mesh = AbstractMesh((workers,), (_AXIS,), axis_types=(AxisType.Auto,))
 
   def exchange(tree):
     tree = jax.tree.map(lambda x: jax.lax.pcast(x, _AXIS, to='varying'), tree)
     state = communicator.init(tree, feedback=False)
-    return communicator.exchange(tree, state)[0]
+    result, _, _ = communicator.exchange(tree, state)
+    return jax.tree.map(lambda x: x[None], result)
 
-  nowhere = PartitionSpec()
   mapped = jax.shard_map(
-    exchange, mesh=mesh, in_specs=nowhere, out_specs=nowhere
+    exchange,
+    mesh=mesh,
+    in_specs=PartitionSpec(),
+    out_specs=PartitionSpec(_AXIS),
   )
-  return _count(jax.make_jaxpr(mapped)(shapes).jaxpr)
+  return _count(jax.make_jaxpr(mapped)(tree).jaxpr)
 
 
 def _count(jaxpr):
   total = 0
   for equation in jaxpr.eqns:
     total += _ROUNDS.get(equation.primitive.name, 0)
-    for inner in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr):
-      if _is_jaxpr(inner):
-        total += _count(getattr(inner, 'jaxpr', inner))
+    leaves = jax.tree.leaves(equation.params, is_leaf=_is_jaxpr)
+    inner = [_count(getattr(x, 'jaxpr', x)) for x in leaves if _is_jaxpr(x)]
+    # One of the branches is taken.
+    is_branch = equation.primitive.name == 'cond'
+    total += max(inner, default=0) if is_branch else sum(inner)
   return total
 
 
@@ -349,4 +409,5 @@ def _rate(bytes_per_second):
     return 'never'
   if math.isinf(bytes_per_second):
     return 'any link'
-  return f'{bytes_per_second * 8 / 1e9:.3g} Gbit/s'
+  gbits = bytes_per_second * 8 / 1e9
+  return f'{gbits:,.0f} Gbit/s' if gbits >= 100 else f'{gbits:.3g} Gbit/s'

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxdist as jd
 
-LAYERS, WIDTH = 4, 256
+LAYERS, WIDTH = 2, 256
 COMPUTATION = re.compile(r'(?:ENTRY )?%?([\w.-]+) \(.*\{$')
 EVENT = re.compile(r' (send|recv|send-done|recv-done|conditional)\(')
 

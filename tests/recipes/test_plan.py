@@ -70,7 +70,7 @@ def test_plan_of_a_tiny_pod(monkeypatch, tmp_path, capsys):
     plan.Config(
       topology='v5e:2x2',
       model='tiny',
-      method=('int8',),
+      method=('int8', 'noloco'),
       batch=1,
       length=128,
       dcn_gbps=1.0,
@@ -79,22 +79,26 @@ def test_plan_of_a_tiny_pod(monkeypatch, tmp_path, capsys):
   )
   assert 'tiny on 2 x v5e:2x2' in capsys.readouterr().out
   found = json.loads((tmp_path / 'plan.json').read_text())
-  dense, int8 = found['plans']
+  dense, int8, noloco = found['plans']
   numbers = sum(
     math.prod(x.shape) for x in jax.tree.leaves(decoder.param_shapes(TINY))
   )
-  for each, times in ((dense, 1.0), (int8, 0.25)):
+  once = 1 / plan.EVERY
+  for each, times in ((dense, 1.0), (int8, 0.25), (noloco, once)):
     sent = each['bytes_by_link'][plan.DCN]
     # A chip of four sends its share; vectors whole, scales, flag and tiles.
     share = numbers * 4 * times / 4
-    assert share < sent < 1.1 * share + 32768
+    assert share < sent < 1.1 * share + 32768 * times
     assert each['claimed'] == pytest.approx(sent, rel=0.1)
     assert 0 < each['memory'] < 1e9
   assert int8['seconds'] < dense['seconds']
   assert int8['break_even'] > 1e9 / 8
+  assert noloco['seconds'] < int8['seconds']
+  assert dense['gathered'] is None
+  assert int8['gathered']['64'] == 63 * int8['gathered']['2']
   page = (tmp_path / 'report.html').read_text()
   assert page.count('<svg') == 2
-  assert page.count('data:image/png;base64') == 2
+  assert page.count('data:image/png;base64') == 3
 
 
 def test_two_shots_stay_flat_and_gathers_grow():

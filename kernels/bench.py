@@ -6,8 +6,9 @@ take, the time that memory takes, and the ratio. Below 1 memory is the limit.
 
 ``python -m jaxdist.kernels.bench`` times what this machine runs. Each time is
 the median of runs that take turns with a copy of the rows, which moves 8 bytes
-a number; torch's top-k of the same rows stands beside it where torch is
-installed.
+a number. Bytes are those of all arguments and results, once. Beside it stand
+the definition, where another form runs, and torch's top-k of the same rows,
+where torch is installed.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 import statistics
 import sys
 import time
@@ -118,6 +120,18 @@ def top_k_cases(implementation: str | None, size: int) -> Iterator[Case]:
       yield Case(f'mean of {workers} top-{k}', x.shape, mean, arrays)
 
 
+def long_row_cases(implementation: str | None, size: int) -> Iterator[Case]:
+  """Selection of one number of a hundred from all; no kernel's work."""
+  del size
+  if implementation != 'tpu':
+    k = shapes.NUMBERS // 100
+    select = functools.partial(
+      selection.top_k, k=k, implementation=implementation
+    )
+    x = floats(1, shapes.NUMBERS)
+    yield Case(f'top-{k}', x.shape, select, (x,))
+
+
 def rotate_cases(implementation: str | None, size: int) -> Iterator[Case]:
   """Rotation."""
   x, key = floats(shapes.NUMBERS // size, size), _key()
@@ -127,7 +141,7 @@ def rotate_cases(implementation: str | None, size: int) -> Iterator[Case]:
 
 def cases(implementation: str | None, size: int, only: str) -> Iterator[Case]:
   """The operations with ``only`` in their names, on rows of a size."""
-  for some in (quantize_cases, top_k_cases, rotate_cases):
+  for some in (quantize_cases, top_k_cases, long_row_cases, rotate_cases):
     for case in some(implementation, size):
       if only in case.op:
         yield case
@@ -199,18 +213,29 @@ def _torch_top_k(case: Case) -> Callable[[], Any] | None:
   return run
 
 
+def _opcodes(compiled: Any) -> list[str]:
+  """What a program does; the same for the definition under two names."""
+  return re.findall(r'^.* = \S+ ([\w-]+)\(', compiled.as_text(), re.MULTILINE)
+
+
 def timed_table(size: int, only: str, repeats: int) -> list[dict[str, Any]]:
   """A row for each operation: its time on this machine beside a copy's."""
   table = []
-  for case in cases(None, size, only):
+  for case, plain in zip(
+    cases(None, size, only), cases('xla', size, only), strict=True
+  ):
     arrays = [_drawn(array, case.shape[1]) for array in case.arrays]
-    compiled = jax.jit(case.function).lower(*arrays).compile()
+    compiled, definition = (
+      jax.jit(one.function).lower(*arrays).compile() for one in (case, plain)
+    )
     x = jnp.ones(case.shape)
     copy = jax.jit(jnp.copy).lower(x).compile()
     runs = {
       'ms': functools.partial(_run, compiled, *arrays),
       'copy_ms': functools.partial(_run, copy, x),
     }
+    if _opcodes(definition) != _opcodes(compiled):
+      runs['definition_ms'] = functools.partial(_run, definition, *arrays)
     peer = _torch_top_k(case)
     if peer is not None:
       runs['torch_ms'] = peer
@@ -228,6 +253,7 @@ def timed_table(size: int, only: str, repeats: int) -> list[dict[str, Any]]:
     print(
       f'{row["op"]:34} {"x".join(map(str, row["shape"])):>12} '
       f'{row["bytes"]:>13,} {row["ms"]:>8.1f} {row["copy_ms"]:>8.1f} '
+      f'{row.get("definition_ms", math.nan):>10.1f} '
       f'{row.get("torch_ms", math.nan):>8.1f} {row["gb_per_s"]:>6.1f} '
       f'{row["of_copy_rate"]:>6.2f}',
       flush=True,
@@ -257,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
   else:
     print(
       f'{"op":34} {"shape":>12} {"bytes":>13} {"ms":>8} {"copy ms":>8} '
-      f'{"torch ms":>8} {"GB/s":>6} {"share":>6}'
+      f'{"definition":>10} {"torch ms":>8} {"GB/s":>6} {"share":>6}'
     )
     table = timed_table(options.size, options.only, options.repeats)
   if options.json:

@@ -131,6 +131,7 @@ def scatter(
   """
   check_rows('values', values, jnp.float32)
   check_rows('indices', indices, jnp.uint32)
+  _check_places(values, indices, size)
   return _scatter(values, indices, size=size, implementation=implementation)
 
 
@@ -159,6 +160,12 @@ def scatter_mean(
   """
   check_rows('values', values, jnp.float32, ndim=3)
   check_rows('indices', indices, jnp.uint32, ndim=3)
+  _check_places(values, indices, size)
   return _scatter_mean(
     values, indices, size=size, implementation=implementation
   )
+
+
+def _check_places(values, indices, size):
+  check_shape('indices', indices, values.shape)
+  check_between('size', size, max(1, values.shape[-1]), 2**31 - 1)

@@ -9,6 +9,9 @@ from simulated import simulated
 from jaxdist.kernels.hadamard import api as rotation
 from jaxdist.kernels.hadamard import reference as hadamard
 from jaxdist.kernels.hadamard import tpu
+from jaxdist.kernels.orthonormalize.api import orthonormalize
+from jaxdist.kernels.quantize import api as quantization
+from jaxdist.kernels.quantize.formats import FORMATS
 from jaxdist.kernels.top_k import api as selection
 
 
@@ -79,6 +82,17 @@ def test_rotation_flips_signs_then_multiplies():
   )
 
 
+def test_one_number():
+  x, key = jnp.array([[-3.0]]), jax.random.key(0)
+  for format in FORMATS:
+    words, scale = quantization.quantize(x, format)
+    back = quantization.dequantize(words, scale, format, 1)
+    np.testing.assert_allclose(back, x, rtol=1e-6)
+  assert selection.top_k(x, 1) == (x, 0)
+  assert abs(rotation.rotate(x, key)) == 3
+  assert orthonormalize(x) == -1
+
+
 def test_bad_arguments():
   x = jnp.zeros((2, 12))
   with pytest.raises(ValueError, match=r'x must have rows .*power of two.* 12'):
@@ -89,3 +103,8 @@ def test_bad_arguments():
     ValueError, match=r'k must be an integer from 1 to 12.*13'
   ):
     selection.top_k(x, 13)
+  places = jnp.zeros((2, 3), jnp.uint32)
+  with pytest.raises(
+    ValueError, match=r'size must be an integer from 3 .*got 2'
+  ):
+    selection.scatter(x[:, :3], places, 2)

@@ -33,7 +33,10 @@ from trials import AXIS, Problem
 import jaxdist as jd
 
 LOCAL, TAIL = 10, 0.05
-RATES = (0.003, 0.01, 0.03, 0.1)
+RATES = {
+  'quadratic': (0.003, 0.01, 0.03),
+  'digits': (0.01, 0.03, 0.1, 0.3),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Config:
   """Of the gradients of ``quadratic``, for each number."""
   batch: int = 30
   """Images a client a step in ``digits``."""
-  rounds: int = 1500
+  rounds: int = 1000
   """Of 10 local steps."""
   seeds: int = 5
   """How many."""
@@ -130,8 +133,19 @@ def digits(batch: int, clients: int = 20) -> Problem:
   )
 
 
-def methods(density: float, participation: float) -> dict[str, trials.Method]:
-  """What is compared; all but the first two send ``density`` of the numbers."""
+def methods(
+  density: float, participation: float, server: float
+) -> dict[str, trials.Method]:
+  """What is compared; all but the first two send ``density`` of the numbers.
+
+  Args:
+    density: the part of the numbers.
+    participation: the share of clients in a round.
+    server: learning rate of averaging's server.
+
+  Returns:
+    Methods by name.
+  """
   dense = jd.mean(AXIS)
   largest = jd.mean(AXIS, jd.global_top_k(density), 'gather')
   drawn = jd.mean(AXIS, jd.random_k(density, block_size=128, unbiased=True))
@@ -142,7 +156,7 @@ def methods(density: float, participation: float) -> dict[str, trials.Method]:
       with warnings.catch_warnings(action='ignore'):  # Shown here.
         return jd.fedavg(
           optax.scale(-rate),
-          optax.sgd(0.1),
+          optax.sgd(server),
           communicator,
           feedback=feedback,
           **options,
@@ -170,16 +184,16 @@ def methods(density: float, participation: float) -> dict[str, trials.Method]:
 def main() -> None:
   config = tyro.cli(Config, description=__doc__.partition('\n')[0])
   if config.experiment == 'quadratic':
-    problem, compared = quadratic(config.noise), methods(0.1, 0.5)
+    problem, compared = quadratic(config.noise), methods(0.1, 0.5, 0.1)
     what, name = 'gradient norm', f'quadratic-{config.noise:g}'
   else:
-    problem, compared = digits(config.batch), methods(0.05, 0.25)
+    problem, compared = digits(config.batch), methods(0.05, 0.25, 1.0)
     what, name = 'loss', 'digits'
   console = Console()
   found = trials.best(
     compared,
     problem,
-    RATES,
+    RATES[config.experiment],
     seeds=config.seeds,
     steps=LOCAL * config.rounds,
     every=LOCAL * 10,

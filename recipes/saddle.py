@@ -35,7 +35,7 @@ from trials import AXIS, Problem
 import jaxdist as jd
 
 WORKERS = 8
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 DENSITY, KEEP = 0.1, 0.9
 
 
@@ -45,7 +45,7 @@ class Config:
 
   experiment: tyro.conf.Positional[Literal['bilinear', 'adversary']]
   """What to run."""
-  messages: int = 4000
+  messages: int = 2000
   """Float32 messages that a worker may send."""
   seeds: int = 5
   """How many."""

@@ -96,7 +96,8 @@ def test_momentum_built_up_on_workers_is_ahead_of_gradient_dropping():
 
 
 def test_controls_converge_where_clients_differ_and_averages_do_not():
-  problem, methods = federated.quadratic(noise=0), federated.methods(0.1, 0.5)
+  problem = federated.quadratic(noise=0)
+  methods = federated.methods(0.1, 0.5, server=0.1)
   rates = {
     'Fed-EF, largest': 0.01,
     'SCALLION, random': 0.003,

@@ -17,7 +17,8 @@ here it is the largest changes both ways, of which the exchange of two rounds
 
 Five seeds; on two CPU cores it takes about 10 minutes and ends with 10.2 times
 fewer bytes at a loss 0.2% above that of whole adapters (1.702 and 1.700 nats a
-byte). BUILD_NOTES.md has the table. Leaves the base model and JSON in out/cellm.
+byte). BUILD_NOTES.md has the table. Leaves the base model and JSON in
+out/cellm.
 
 Vavekanand and Sam, `CELLM <https://arxiv.org/abs/2407.20557>`_, 2024
 (withdrawn; its algorithm is that of FLASC); Kuo et al, `Federated LoRA with

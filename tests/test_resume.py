@@ -50,6 +50,18 @@ METHODS = {
   'power_sgd': lambda: optax.chain(
     jd.error_feedback(jd.low_rank_mean(public.AXIS, 2)), optax.adam(0.01)
   ),
+  'per_leaf': lambda: optax.chain(
+    jd.error_feedback(
+      jd.per_leaf(
+        {
+          d: jd.mean(public.AXIS, jd.top_k(d, block_size=128), 'two_shot')
+          for d in (0.1, 0.5)
+        },
+        {'w': 0.1, 'b': 0.5},
+      )
+    ),
+    optax.sgd(0.01),
+  ),
   'econtrol': lambda: optax.chain(
     jd.econtrol(
       jd.mean(public.AXIS, jd.top_k(0.1, block_size=128), 'two_shot')
@@ -129,6 +141,7 @@ def test_resume_is_no_break(name, make_mesh, tmp_path):
     'noloco',
     'fedavg',
     'power_sgd',
+    'per_leaf',
     'econtrol',
     'dgc',
   ],

@@ -1,5 +1,7 @@
 """L-GreCo: how exactly to send each leaf, under a bound on the error of all."""
 
+import collections
+import functools
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -55,8 +57,17 @@ def level_errors(
     same = jnp.broadcast_to(leaf, (2, *leaf.shape))
     return jax.vmap(worker, axis_name=level.axis)(same)[0]
 
-  rows = [[error(c, leaf) for c in levels.values()] for leaf in leaves]
-  return jnp.asarray(rows, jnp.float32).reshape(-1, len(levels))
+  # Leaves of one shape are measured by one program, one after another.
+  alike = collections.defaultdict(list)
+  for place, leaf in enumerate(leaves):
+    alike[leaf.shape, leaf.dtype].append(place)
+  found = jnp.zeros((len(leaves), len(levels)), jnp.float32)
+  for places in alike.values():
+    stacked = jnp.stack([leaves[place] for place in places])
+    for column, level in enumerate(levels.values()):
+      errors = jax.lax.map(functools.partial(error, level), stacked)
+      found = found.at[np.array(places), column].set(errors)
+  return found
 
 
 def lgreco(

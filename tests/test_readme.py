@@ -17,4 +17,4 @@ def test_example_runs(number, capsys):
 
 
 def test_all_examples_were_found():
-  assert len(BLOCKS) == 4
+  assert len(BLOCKS) == 6

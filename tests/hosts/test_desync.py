@@ -55,7 +55,7 @@ def check(processes, out):
     assert result['right'] == pytest.approx([1 - 0.1 / 32 / 2] * 2)
   print(processes, 'processes, seconds:', seconds)
   print('a round:', max(result['seconds'] for result in results.values()))
-  assert max(seconds.values()) < 5, seconds
+  return max(seconds.values())
 
 
 def test_all_processes_name_what_differs(tmp_path):
@@ -64,8 +64,8 @@ def test_all_processes_name_what_differs(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', [4, 5])
-def test_more_processes_name_what_differs(processes, tmp_path):
-  check(processes, tmp_path)
+def test_more_processes_name_what_differs_soon(processes, tmp_path):
+  assert check(processes, tmp_path) < 5
 
 
 def test_collectives_are_listed_in_order(make_mesh):

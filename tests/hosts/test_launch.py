@@ -127,7 +127,7 @@ class Job:
       for i in range(25):
         (text / f'{i}.txt').write_text(f'Some words, file {i}. ' * 40)
     launch = ['-m', 'jaxdist.launch', '--processes', processes]
-    launch += ['--restarts', restarts, '--timeout', 60]
+    launch += ['--restarts', restarts, '--timeout', worlds.LIMIT]
     command = [sys.executable, *launch, worlds.ROOT / 'recipes/lm.py']
     command += ['--out', self.out, '--data', text, '--steps', 40, '--batch', 2]
     command += ['--length', 16, '--layers', 1, '--width', 16, '--heads', 2]
@@ -143,9 +143,6 @@ class Job:
           'PYTHONPATH': str(worlds.ROOT),
           'JAX_PLATFORMS': 'cpu',
           'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-          'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
-          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-          'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
         },
       )
 

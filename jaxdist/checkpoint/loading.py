@@ -127,15 +127,7 @@ def restore(
 def _read(path, like):
   """The state in one checkpoint."""
   record = integrity.together(lambda: read_record(path))
-  specs = {
-    leaf['path']: LeafSpec(
-      tuple(leaf['shape']),
-      leaf['dtype'],
-      leaf['per_worker'],
-      leaf.get('parts', 1),
-    )
-    for leaf in record['leaves']
-  }
+  specs = {leaf['path']: _spec(leaf) for leaf in record['leaves']}
   seals = {
     leaf['path']: integrity.Seal(tuple(leaf['shard']), leaf['digests'])
     for leaf in record['leaves']
@@ -165,6 +157,12 @@ def _read(path, like):
   return jax.tree.unflatten(
     jax.tree.structure(like), [restored[leaf.name] for leaf in leaves]
   )
+
+
+def _spec(leaf):
+  """What a leaf of the record was saved as."""
+  fields = {name: leaf[name] for name in LeafSpec._fields}
+  return LeafSpec(**fields | {'shape': tuple(leaf['shape'])})
 
 
 def _load_checked(path, targets, seals):

@@ -361,6 +361,8 @@ def test_levels_that_cannot_be(fast, slow, message):
 
 def test_axes_that_cannot_be():
   both = hierarchical('dense')
+  with pytest.raises(ValueError, match=r"along \('dcn', 'ici'\), got 8"):
+    both.bytes_sent(params(), 8)
   with pytest.raises(ValueError, match=r"share one axis, got \['dcn', \('dcn'"):
     jd.partition({'a': both, 'b': jd.mean('dcn')}, lambda tree: tree)
   with pytest.raises(ValueError, match='must lie along one axis'):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxdist as jd
 from jaxdist.accounting.schedule import Schedule
 from jaxdist.accounting.work import Work
-from jaxdist.planning.advise import CANDIDATES
+from jaxdist.planning.candidates import CANDIDATES
 
 MATRIX = {'w': jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdist.communicators import collectives
-from jaxdist.state import Axis
+from jaxdist.state import Axis, axis_names
 
 Leaves = list[Float[Array, '...']]
 
@@ -247,6 +247,10 @@ def over_leaves(
     return put(results), put(sents, jnp.float32), state
 
   def bytes_fn(tree, workers):
+    if np.size(workers) != len(axis_names(axis)):
+      raise ValueError(
+        f'workers must say how many there are along {axis!r}, got {workers!r}.'
+      )
     shapes = shapes_of(tree)
     is_alone = np.prod(workers) == 1
     return bytes_sent(shapes, workers) if shapes and not is_alone else 0.0

@@ -104,20 +104,6 @@ class Op:
     return run(*arrays)
 
 
-def _may_run(form):
-  """Whether the mesh of the manual region, if there is one, may run a form.
-
-  A form that it rules out need not be traced.
-  """
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if form.platforms is None or device is None:
-    return True
-  lowered_for = {'gpu': {'cuda', 'rocm'}}.get(
-    device.platform, {device.platform}
-  )
-  return not lowered_for.isdisjoint(form.platforms)
-
-
 @functools.lru_cache(maxsize=1024)
 def _bound(function, options):
   """Under jit, so that equal shapes are traced and batched once."""

@@ -95,8 +95,6 @@ class Config:
 
 def check(config: Config) -> None:
   """Refuses what cannot work, before anything starts."""
-  for name in config.methods:
-    methods.find(name)
   if not config.methods or len(set(config.methods)) < len(config.methods):
     raise ValueError(
       f'--methods must name some, each once, got {list(config.methods)}.'
@@ -222,6 +220,8 @@ def compare(config: Config, recipe: str) -> list[Compared]:
   console = Console()
   with contextlib.ExitStack() as stack:
     try:
+      names = tuple(methods.find(name).name for name in config.methods)
+      config = dataclasses.replace(config, methods=names)
       check(config)
       prepare_devices(config.workers)
       data = text.load(config.data)

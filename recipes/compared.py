@@ -167,8 +167,8 @@ def cells(found: list[Compared]) -> list[list[str]]:
 
 
 def by_loss(found: list[Compared]) -> list[Compared]:
-  """Lowest first."""
-  return sorted(found, key=lambda each: each.ends.mean())
+  """Lowest first; last what diverged."""
+  return sorted(found, key=lambda e: np.nan_to_num(e.ends.mean(), nan=np.inf))
 
 
 def terminal_table(found: list[Compared]) -> Table:
@@ -198,7 +198,11 @@ def write(folder: Path, found: list[Compared], facts: dict[str, Any]) -> None:
     'settings': facts,
     'methods': {
       each.name: {
-        'losses': each.losses.tolist(),
+        # JSON has no NaN.
+        'losses': [
+          [x if math.isfinite(x) else None for x in row]
+          for row in each.losses.tolist()
+        ],
         'steps': each.steps.tolist(),
         'bytes_a_step': each.bytes_a_step,
         'peak_bytes': each.peak_bytes,
@@ -210,6 +214,7 @@ def write(folder: Path, found: list[Compared], facts: dict[str, Any]) -> None:
   }
   record.replace(folder / 'results.json', json.dumps(numbers, indent=2) + '\n')
   senders = [each for each in by_loss(found) if each.bytes_a_step]
+  ended = [each for each in senders if np.isfinite(each.ends).all()]
   times = ''.join(
     TIME.format(
       link=link(rate),
@@ -225,7 +230,7 @@ def write(folder: Path, found: list[Compared], facts: dict[str, Any]) -> None:
     summary=html.escape(summary(found)),
     table=html_table(columns(found), cells(found)),
     units=html.escape(UNITS),
-    ends=svg(draw_ends, senders, 'Last loss and bytes a step', 5.0),
+    ends=svg(draw_ends, ended, 'Last loss and bytes a step', 5.0),
     over_bytes=svg(draw_over_bytes, senders, 'Loss over bytes sent', 5.0),
     over_steps=svg(draw_over_steps, by_loss(found), 'Loss over steps', 5.0),
     times=times,

@@ -1,7 +1,7 @@
 """Saddle points: what compressing operators does, and changes of them don't.
 
   python recipes/saddle.py bilinear
-  python recipes/saddle.py adversary
+  python recipes/saddle.py adversary --messages 500
 
 ``bilinear``: eight workers' games x A y + a x + b y with a curved bottom, 25
 numbers a player; a tenth of the numbers is sent. The measure is the distance to
@@ -84,12 +84,11 @@ def bilinear(size: int = 25) -> Problem:
   return Problem(make, operator, measure)
 
 
-def adversary(cost: float = 1.0) -> Problem:
-  """A linear model, and an image to add to each class."""
+def adversary(cost: float = 1.0, images: int = 50) -> Problem:
+  """A linear model, and an image to add to each class; few images a worker."""
   bunch = load_digits()
-  order = np.argsort(bunch.target, kind='stable')
-  images = len(order) // WORKERS
-  order = order[: images * WORKERS].reshape(WORKERS, images)
+  order = np.argsort(bunch.target[: images * WORKERS], kind='stable')
+  order = order.reshape(WORKERS, images)
   x = jnp.asarray(bunch.data / 16, jnp.float32)[order]
   y = jnp.asarray(bunch.target)[order]
 

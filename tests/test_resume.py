@@ -47,6 +47,19 @@ METHODS = {
     every=2,
     participation=0.5,
   ),
+  'scafcom': lambda: jd.scafcom(
+    0.01,
+    jd.mean(public.AXIS, jd.top_k(0.1, block_size=128), 'two_shot'),
+    every=2,
+    participation=0.5,
+  ),
+  'masha2': lambda: optax.chain(
+    jd.masha2(
+      0.01,
+      jd.mean(public.AXIS, jd.top_k(0.1, block_size=128), 'two_shot'),
+      keep=0.5,
+    )
+  ),
   'power_sgd': lambda: optax.chain(
     jd.error_feedback(jd.low_rank_mean(public.AXIS, 2)), optax.adam(0.01)
   ),
@@ -140,6 +153,8 @@ def test_resume_is_no_break(name, make_mesh, tmp_path):
     'co2',
     'noloco',
     'fedavg',
+    'scafcom',
+    'masha2',
     'power_sgd',
     'per_leaf',
     'econtrol',
@@ -153,6 +168,7 @@ def test_other_worker_counts_keep_what_is_owed(name, make_mesh, tmp_path):
     drifting = isinstance(state.params, jd.PerWorker)
     state = state.opt_state.meeting if drifting else state.opt_state[0]
     fields = ('residual', 'snapshot', 'slow', 'momentum', 'error', 'estimate')
+    fields += ('own', 'apart')
     kept = [getattr(state, field, None) for field in fields]
     kept = [node.value for node in kept if isinstance(node, jd.PerWorker)]
     mean = jax.tree.map(lambda e: np.mean(e, axis=0), kept)

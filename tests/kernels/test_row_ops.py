@@ -62,7 +62,7 @@ def test_rotation_on_tpu_is_the_definition(size):
   x[3], x[4, 5], x[5], x[6, 7] = 0, 3e38, x[5] * 1e-30, np.nan
   for there in ('rotate', 'unrotate'):
     y = np.asarray(simulated(getattr(tpu, there), x, key))
-    want = np.asarray(getattr(hadamard, there)(x, key))
+    want = np.asarray(getattr(hadamard, there)(jnp.asarray(x), key))
     largest = np.abs(want).max(axis=1, keepdims=True)
     np.testing.assert_array_equal(np.isnan(y).any(1), np.arange(70) == 6)
     # Sums of `size` float32 numbers in another order.

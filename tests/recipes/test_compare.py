@@ -1,6 +1,7 @@
 """Comparing methods: what is run, kept and reported. Nothing is trained."""
 
 import json
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -44,6 +45,8 @@ def run(name, seed, steps=4):
   ]
   for i in range(1, steps, 2):
     lines[i]['val_loss'] = 4.0 - i / 4 + 0.1 * list(SENT).index(name) + seed
+  if name == 'co2' and seed:
+    lines[-1]['val_loss'] = math.nan  # It diverged.
   return record.Run(name, lines, traffic(name))
 
 
@@ -97,6 +100,7 @@ def test_runs_are_made_once_and_more_can_be_asked_for(command, tmp_path):
   assert 'diloco' in said and '2 seeds, 4 steps' in said
   numbers = json.loads((tmp_path / 'out/results.json').read_text())['methods']
   assert numbers['diloco']['losses'] == [[3.85, 3.35], [4.85, 4.35]]
+  assert numbers['co2']['losses'][1] == [4.95, None]
   assert numbers['diloco']['bytes_a_step'] == 20
   assert numbers['diloco']['peak_bytes'] == 80
   # 1000 bytes at 100 Mbit/s beside a millisecond of compute at half rate.

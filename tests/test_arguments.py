@@ -20,6 +20,14 @@ MEAN = jd.mean('data')
 TOP_K = jd.mean('data', jd.top_k(0.1))
 PARAMS = {'w': jnp.ones(3)}
 
+
+def chosen(errors=None, **changes):
+  """A choice of one level for one leaf."""
+  options = {'uniform': 'a', 'workers': 2} | changes
+  errors = jnp.ones((1, 1)) if errors is None else errors
+  return jd.lgreco({'a': MEAN}, errors, PARAMS, **options)
+
+
 AT_CONSTRUCTION = [
   (lambda: jd.mean(''), r"axis must be the name of an axis, got ''"),
   (
@@ -69,6 +77,19 @@ AT_CONSTRUCTION = [
   (lambda: unchecked(jd.per_shard)('x', None), r"communicator .*'x'"),
   (lambda: unchecked(jd.per_worker)(3), r'tx must be an optax .* got 3'),
   (lambda: jd.partition({}, None), r'at least one entry'),
+  (lambda: jd.per_leaf({}, None), r'at least one entry'),
+  (
+    lambda: jd.level_errors({1: MEAN, 2: jd.gossip('data')}, None),
+    r'all agree',
+  ),
+  (lambda: chosen(uniform='z'), r"uniform must be among \['a'\], got 'z'"),
+  (lambda: chosen(tolerance=0.0), r'tolerance must be positive, got 0'),
+  (lambda: chosen(workers=0), r'workers must be .* got 0'),
+  (
+    lambda: chosen(errors=jnp.ones((2, 1))),
+    r'row for each of 1 leaves .*\(2, 1\)',
+  ),
+  (lambda: chosen(errors=-jnp.ones((1, 1))), r'not negative'),
   (
     lambda: jd.partition({'a': MEAN, 'b': jd.mean('model')}, None),
     r"share one axis, got \['data', 'model'\]",

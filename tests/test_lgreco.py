@@ -64,21 +64,22 @@ def test_choice_is_the_best_of_all(table, bound):
 
 
 @given(
-  tables((st.floats(0, 1), st.integers(0, 9).map(float))), st.floats(0.01, 3)
+  tables((st.floats(0, 1), st.integers(0, 9).map(float))),
+  st.just(1.0) | st.floats(0.5, 2),
 )
-def test_rounding_keeps_the_bound_and_costs_a_part_a_row(table, bound):
+def test_rounding_keeps_the_bound_and_costs_a_part_a_row(table, share):
   errors, costs = table
+  bound = share * errors[:, 0].sum()
   if np.isinf(brute_force(errors, costs, bound)):
     return
-  choice = choose_levels(errors, costs, bound, resolution=100)
+  choice = choose_levels(errors, costs, bound, resolution=10)
   assert total(errors, choice) <= bound * (1 + 1e-9)
-  smaller = bound * (1 - len(errors) / 100)
+  smaller = bound * (1 - len(errors) / 10)
   assert total(costs, choice) <= brute_force(errors, costs, smaller)
   for same in range(errors.shape[1]):
     if errors[:, same].sum() <= bound:
       assert total(costs, choice) <= costs[:, same].sum()
-  scaled = choose_levels(4 * errors, costs, 4 * bound, resolution=100)
-  assert scaled == choice
+  assert choice == choose_levels(4 * errors, costs, 4 * bound, resolution=10)
 
 
 def test_errors_are_those_of_the_codes():

@@ -68,9 +68,7 @@ class Op:
         f'implementation of {self.name} must be one of '
         f'{", ".join(map(repr, self.forms))} or None, got {implementation!r}.'
       )
-    forms = [
-      form for form in self.forms.values() if form.automatic and _may_run(form)
-    ]
+    forms = [form for form in self.forms.values() if form.automatic]
     if implementation is not None:
       forms = [self.forms[implementation]]
       needs = _unsupported(forms[0], arrays, options)

@@ -239,6 +239,23 @@ def test_a_change_of_pattern_loses_nothing(path):
     before = workers
 
 
+def test_what_is_in_flight_arrives_after_a_change_of_workers():
+  """Without feedback, of an exact code: nobody else remembers it."""
+  code = jd.mean(public.AXIS, jd.identity(block_size=128), delay=1)
+  tx = optax.chain(jd.communicate(code), optax.sgd(1.0))
+  loss = lambda p, x: jnp.vdot(p, x[0])  # The batch is the gradient.
+  state, path = None, []
+  for workers, batches in ((2, [1.0]), (3, [10.0, 100.0, 0.0])):
+    where = {'axis': public.AXIS, 'workers': workers}
+    fresh = jd.init(tx, jnp.zeros(5), **where)
+    state = fresh if state is None else jd.resize(state, fresh)
+    step = jd.train_step(loss, tx, **where)
+    for size in batches:
+      state, _ = step(state, jnp.full((workers, 5), size))
+      path.append(-float(state.params[0]))
+  assert path == [0, 0, 11, 111]
+
+
 def test_gossip_memory_cannot_be_resized(make_mesh, tmp_path):
   state, _ = make('gossip', 4, make_mesh)
   jd.save(tmp_path, 1, state)

@@ -130,15 +130,14 @@ class Manual:
     joined = '\n'.join(words for _, words in topics).encode()
     parts = np.array_split(np.frombuffer(joined, np.uint8), clients)
     cut = len(parts[0]) * 9 // 10
-    self.train = [part[:cut] for part in parts]
+    self.train = [windows(part[:cut], LENGTH) for part in parts]
     self.held_out = np.concatenate(
       [windows(part[cut:], LENGTH)[:32] for part in parts]
     )
 
   def batch(self, rng: np.random.Generator) -> np.ndarray:
     """Rows of each client, those of one together."""
-    own = [windows(part, LENGTH) for part in self.train]
-    return np.concatenate([rng.choice(rows, ROWS) for rows in own])
+    return np.concatenate([rng.choice(rows, ROWS) for rows in self.train])
 
 
 def windows(content: np.ndarray, length: int) -> np.ndarray:
@@ -151,8 +150,9 @@ def base_model(config: Config, console: Console) -> Transformer:
   """The model that is adapted, trained if it is not there yet."""
   model = Transformer(config.layers, config.width, 4, nnx.Rngs(0))
   graphdef, params = nnx.split(model, nnx.Param)
-  folder = config.out / f'base-{config.layers}-{config.width}'
-  if jd.latest_step(folder) == config.base_steps:
+  name = f'base-{config.layers}-{config.width}-{config.base_steps}'
+  folder = config.out / name
+  if jd.latest_step(folder):
     return nnx.merge(graphdef, jd.restore(folder, params))
   schedule = optax.cosine_decay_schedule(1.6e-2, config.base_steps)
   tx = muon(schedule)

@@ -102,7 +102,9 @@ def leaf_labels(
   names = jax.tree.structure(tree).flatten_up_to(named)
   for name in names:
     if name not in known:
-      raise ValueError(f'labels must be among {sorted(known)}, got {name!r}.')
+      raise ValueError(
+        f'labels must be among {sorted(known, key=str)}, got {name!r}.'
+      )
   return names
 
 

@@ -57,6 +57,9 @@ def held_back(state, tree, bucket_size=None):
     return in_flight + held_back(MeanState(None, state.dropped), tree)
   if isinstance(state, StagedState):
     return sum(held_back(stage, tree) for stage in state.states)
+  if isinstance(state, list):  # per_leaf
+    parts = zip(state, jax.tree.leaves(tree), strict=True)
+    return np.concatenate([held_back(part, [leaf]) for part, leaf in parts])
   if isinstance(state, dict):  # partition
     owed = jax.tree.map(np.zeros_like, tree)
     for label, part in state.items():
@@ -72,7 +75,7 @@ def held_back(state, tree, bucket_size=None):
   if not isinstance(state, MeanState):
     return np.zeros(sum(sizes))
   plan = buckets.plan(sizes, bucket_size or sum(sizes))
-  if state.dropped.value is None:
+  if not state.dropped.value:
     return np.zeros(sum(sizes))
   lengths = map(buckets.bucket_length, plan)
   return np.concatenate(

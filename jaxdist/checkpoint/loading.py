@@ -89,11 +89,11 @@ def restore(
     >>> import tempfile
     >>> import jax.numpy as jnp
     >>> import jaxdist as jd
-    >>> state = {'residual': jd.PerWorker(jnp.array([1.0, 3.0]))}
+    >>> residual = jd.PerWorker(jnp.array([1.0, 3.0]))
     >>> with tempfile.TemporaryDirectory() as directory:
-    ...   jd.save(directory, 1, state)
-    ...   jd.restore(directory, {'residual': jd.PerWorker(jnp.zeros(1))})
-    {'residual': PerWorker(value=Array([2.], dtype=float32), resize='mean')}
+    ...   jd.save(directory, 1, residual)
+    ...   jd.restore(directory, jd.PerWorker(jnp.zeros(1))).value
+    Array([2.], dtype=float32)
   """
   paths = checkpoints(directory)
   if step is not None:

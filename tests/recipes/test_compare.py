@@ -65,7 +65,7 @@ def command(monkeypatch, capsys, tmp_path):
     return whole
 
   monkeypatch.setattr(lm, 'train', train)
-  monkeypatch.setattr(lm, 'Interrupt', lambda console: interrupt)
+  monkeypatch.setattr(compare, 'Interrupt', lambda *args: interrupt)
   monkeypatch.setattr(compare, 'prepare_devices', lambda workers: None)
   monkeypatch.setattr(compare.jax.config, 'update', lambda *args: None)
   text = tmp_path / 'text'

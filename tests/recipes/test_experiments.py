@@ -128,14 +128,15 @@ def test_changes_of_operators_bear_compression_and_operators_do_not():
   assert end('descent-ascent, random', 0.001, 200).min() > 0.015
 
 
-def test_levels_by_leaf_send_less_for_nearly_as_much():
-  levels, uniform, _ = lgreco.families()['top-k of 512']
+def test_levels_by_leaf_lose_less_than_one_level_of_their_bytes():
+  levels, uniform, cheaper = lgreco.families()['top-k of 512']
   trainer = lgreco.Trainer({k: levels[k] for k in (1, 2, 4, 16)})
-  same = trainer.run(0, uniform, 300)
-  own = trainer.run(0, uniform, 300, every=300)
-  assert own['sent'] < 0.75 * same['sent']
-  # With half of the bytes for all, it is four times the loss.
-  assert own['loss'] < 2 * same['loss']
+  own = [trainer.run(seed, uniform, 300, every=300) for seed in range(3)]
+  same = [trainer.run(seed, cheaper, 300) for seed in range(3)]
+  assert all(a['sent'] <= b['sent'] for a, b in zip(own, same, strict=True))
+  # Single losses differ by a factor of three: 0.06 and 0.15 in the mean.
+  mean = lambda runs: np.mean([run['loss'] for run in runs])
+  assert mean(own) < 0.7 * mean(same)
 
 
 def test_sparse_adapters_nearly_keep_up_with_whole_ones(tmp_path):

@@ -237,9 +237,11 @@ def collectives(text: str) -> list[str]:
     if not (match := _COLLECTIVE.search(line)):
       continue
     words = [match[1]]
-    groups = re.search(r'(?:_groups|_pairs) = dense<(.*?)>', line)
+    groups = re.findall(r'(?:_groups|_pairs) = dense<(.*?)>', line)
+    # From JAX 0.12 on, axes instead of groups of devices.
+    groups = groups or re.findall(r'axis_ref<name = "(.*?)"', line)
     if groups:
-      words.append(f'over {groups[1]}')
+      words.append(f'over {", ".join(groups)}')
     # A reduction's body stands between the operation and its types.
     while ' -> ' not in line:
       line = next(lines)

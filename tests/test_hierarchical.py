@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxdist as jd
+from jaxdist.outer import participation
 
 AXES = ('dcn', 'ici')
 BLOCK = 128
@@ -342,6 +343,28 @@ def test_workers_that_drift_meet():
   w = np.asarray(state.params.value['w'])
   assert np.array_equal(w, np.broadcast_to(w[:1], w.shape))
   assert not np.array_equal(w[0], np.ones_like(w[0]))
+
+
+def test_clients_that_are_not_drawn_keep_what_is_owed_of_their_share():
+  """Applied + mean residual = weighted mean of the changes."""
+  few = jd.mean('dcn', jd.top_k(1 / BLOCK, block_size=BLOCK), 'gather')
+  both = jd.hierarchical(jd.mean('ici'), few)
+  sgd = optax.sgd(1.0)
+  tx = jd.fedavg(sgd, sgd, both, every=1, participation=0.5)
+  weight = participation.drawn_weight(both.axis, 0.5, seed=0)
+
+  def one_round(grads):
+    start = jax.tree.map(jnp.zeros_like, grads)
+    updates, state = tx.update(grads, tx.init(start), start)
+    return updates, state.meeting.residual.value, weight(0)
+
+  grads = jax.tree.map(lambda g: g[:, :, 0], gradients(2, 2, 1))
+  applied, residual, weights = simulated(one_round, grads)
+  assert sorted(np.ravel(weights)) == [0, 0, 2, 2]
+  came = -(np.asarray(weights)[..., None] * flat(grads, 2)).mean((0, 1))
+  owed = flat(residual, 2).mean((0, 1))
+  # A few additions of float32 numbers of size up to ten.
+  np.testing.assert_allclose(flat(applied, 2)[0, 0] + owed, came, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,10 @@ def average_changes(
       decay,
     )
     if share is not None:
-      held = base.where(weight > 0, held, residual)
+      # Who is silent may still have sent what was owed for others: a share of
+      # its slice, or what was in flight as the number of workers changed.
+      owed = optax.tree.add(residual, held)
+      held = base.where(weight > 0, held, owed)
     if feedback:
       held = parts.mask(held.value, turn)
       held = PerWorker(parts.put(state.residual.value, held, turn))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdist.communicators import collectives
+from jaxdist.state import Axis
 
 
 def check_participation(participation: float) -> None:
@@ -20,12 +21,12 @@ def num_drawn(participation: float, workers: int) -> int:
 
 
 def drawn_weight(
-  axis: str, participation: float, seed: int
+  axis: Axis, participation: float, seed: int
 ) -> Callable[[jax.Array], jax.Array]:
   """Draws m of W workers in each round, without replacement.
 
   Args:
-    axis: the workers' axis.
+    axis: that the workers lie along, or several.
     participation: their share; m is rounded, and at least 1.
     seed: of the draws, the same on all workers.
 

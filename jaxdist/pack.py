@@ -255,6 +255,8 @@ def _read_header(reader):
   if 0 in spec.shape:
     return spec, []
   count = reader.byte(1 + dtype.itemsize)
+  if count not in (1, dtype.itemsize):
+    raise ValueError(f'{dtype} has no {count} planes.')
   return spec, [(reader.byte(256), reader.number()) for _ in range(count)]
 
 

@@ -247,6 +247,19 @@ def test_bombs_are_refused_before_memory_is_allocated():
       jd.unpack(seal(forged))
 
 
+@pytest.mark.parametrize('count', [0, 2])
+def test_planes_that_leave_bytes_unwritten_are_refused(count):
+  data = jd.pack(np.ones(3, np.float32), compress=False)[:-DIGEST_BYTES]
+  plane = data[-14:-12]  # How, and 12 bytes; before it, how many planes.
+  assert (data[-15], plane[1]) == (1, 12)
+  end = (plane[:1] + b'\3') * count
+  header = int.from_bytes(data[5:9], 'little') + len(end) - len(plane)
+  forged = data[:5] + header.to_bytes(4, 'little') + data[9:-15]
+  forged += bytes([count]) + end + data[-12:][: 3 * count]
+  with pytest.raises(jd.UnpackError, match=f'float32 has no {count} planes'):
+    jd.unpack(seal(forged))
+
+
 # A place (as a part of the length), a length, what to do, and new bytes.
 KINDS = ['flip', 'set', 'cut', 'insert', 'copy', 'end']
 EDGES = [b'\0', b'\1', b'\x7f', b'\x80', b'\xff']

@@ -1,11 +1,13 @@
 """What lies where in the directory of a run's checkpoints."""
 
 import contextlib
+import errno
 import json
 import logging
 import operator
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any, SupportsIndex
 
@@ -20,8 +22,7 @@ ARRAYS = 'state'
 RECORD = 'jaxdist'
 
 
-# What Orbax, TensorStore and JSON raise where files are damaged or gone. No
-# memory and no permission are not among them.
+# What Orbax, TensorStore and JSON raise where files are damaged or gone.
 UNREADABLE = (
   ocp.errors.InvalidLayoutError,
   FileNotFoundError,
@@ -152,6 +153,24 @@ def make_record(leaves: list[dict], metadata: dict[str, Any]) -> dict[str, Any]:
   return record | {'digest': _digest(record)}
 
 
+def raise_if_refused(error: BaseException, path: os.PathLike) -> None:
+  """Raises if the file system refused to read: that is no damage.
+
+  TensorStore has the system's number in its words only.
+
+  Raises:
+    OSError: with that number.
+  """
+  cause = error
+  while cause is not None:
+    for number in map(int, re.findall(r"os_error_code='(\d+)'", str(cause))):
+      if number not in (errno.ENOENT, errno.ENOTDIR):
+        raise OSError(
+          number, f'{path} cannot be read: {os.strerror(number)}.'
+        ) from error
+    cause = cause.__cause__ or cause.__context__
+
+
 def read_record(path: os.PathLike) -> dict[str, Any]:
   """The record of a checkpoint.
 
@@ -165,6 +184,7 @@ def read_record(path: os.PathLike) -> dict[str, Any]:
     version = record['format']
     sealed = record.pop('digest', None)
   except UNREADABLE as error:
+    raise_if_refused(error, path)
     raise CorruptCheckpointError(
       f'{path} was not written by jaxdist.save, or is not whole.'
     ) from error

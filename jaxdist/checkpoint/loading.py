@@ -21,6 +21,7 @@ from jaxdist.checkpoint.layout import (
   check_there,
   checkpoints,
   context,
+  raise_if_refused,
   read_record,
   without_pages,
 )
@@ -267,8 +268,8 @@ def _load(path, targets):
   with context(), without_pages(), warnings.catch_warnings():
     try:
       return ocp.load_checkpointables(path, {ARRAYS: targets})[ARRAYS]
-    except UNREADABLE:
-      pass
+    except UNREADABLE as error:
+      raise_if_refused(error, path)
     # Reads that were begun warn when they are deleted.
     warnings.simplefilter('ignore', RuntimeWarning)
     gc.collect()

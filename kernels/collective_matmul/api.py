@@ -116,7 +116,7 @@ def all_gather_matmul(
     Decomposition <https://doi.org/10.1145/3567955.3567959>`_, 2023
   """
   _check(x, w)
-  return _gather(_vary(x, axis), _vary(w, axis), axis, implementation)
+  return _gather(*_vary(x, w, axis), axis, implementation)
 
 
 def matmul_reduce_scatter(
@@ -169,7 +169,7 @@ def matmul_reduce_scatter(
       f'x must have a multiple of {workers} rows, one share for each worker, '
       f'got shape {x.shape}.'
     )
-  return _scatter(_vary(x, axis), _vary(w, axis), axis, implementation)
+  return _scatter(*_vary(x, w, axis), axis, implementation)
 
 
 def _check(x, w):
@@ -184,9 +184,18 @@ def _check(x, w):
     )
 
 
-def _vary(x, axis):
-  """Marks an array as this worker's own, where types say such things."""
-  tracked = axis in compat.varying_axes(jax.lax.axis_index(axis))
-  if not tracked or axis in compat.varying_axes(x):
-    return x
-  return jax.lax.pcast(x, axis, to='varying')
+def _vary(x, w, axis):
+  """Marks both as varying wherever one does, and along ``axis``.
+
+  Only where types say such things. Gradients are then typed as what they are
+  of, and summed where one of the two was the same on several devices.
+  """
+  if axis not in compat.varying_axes(jax.lax.axis_index(axis)):
+    return x, w
+  axes = compat.varying_axes(x) | compat.varying_axes(w) | {axis}
+
+  def marked(a):
+    missing = tuple(sorted(axes - compat.varying_axes(a)))
+    return jax.lax.pcast(a, missing, to='varying') if missing else a
+
+  return marked(x), marked(w)

@@ -85,6 +85,33 @@ def test_ring_is_the_definition(name, workers):
     np.testing.assert_array_equal(got, should)
 
 
+@pytest.mark.parametrize('name', OPS)
+def test_gradients_where_only_one_varies_along_another_axis(name):
+  """Data parallel along d, products along m: w is the same along d."""
+  mesh = jax.make_mesh(
+    (2, 2), ('d', 'm'), axis_types=2 * (AxisType.Auto,),
+    devices=jax.devices()[:4],
+  )  # fmt: skip
+  op, _, _ = OPS[name]
+  rng = np.random.default_rng(0)
+  x, w = rng.normal(size=(16, 6)), rng.normal(size=(6, 8))
+  x, w = x.astype(np.float32), w.astype(np.float32)
+  gather = name == 'gather'
+  x_spec = PartitionSpec(('d', 'm') if gather else 'd', None if gather else 'm')
+  w_spec = PartitionSpec(None if gather else 'm', 'm' if gather else None)
+  run = jax.shard_map(
+    lambda x, w: jax.lax.psum(jnp.sum(op(x, w, 'm') ** 2), ('d', 'm')),
+    mesh=mesh,
+    in_specs=(x_spec, w_spec),
+    out_specs=PartitionSpec(),
+  )
+  got = jax.jit(jax.grad(run, (0, 1)))(x, w)
+  want = jax.grad(lambda x, w: jnp.sum((x @ w) ** 2), (0, 1))(x, w)
+  for a, b in zip(got, want, strict=True):
+    # Sums of a few numbers in another order.
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
 def test_bytes_are_those_of_the_plain_form():
   x, w = arrays('scatter', 8, ((64, 16), (16, 32)))
   for op in (api.all_gather_matmul, api.matmul_reduce_scatter):

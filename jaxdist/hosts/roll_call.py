@@ -120,9 +120,8 @@ def _hold(bind_host, port, me, seconds):
       with contextlib.suppress(TimeoutError):
         connection, _ = server.accept()
         stack.enter_context(connection)
-        connection.settimeout(_LINE_SECONDS)
-        member = _read(connection)
-        if member is None or member.keys() != me.keys():  # A stranger.
+        member = _read(connection, min(_LINE_SECONDS, left))
+        if not _is_member(member, me):  # A stranger.
           continue
         connections.append(connection)
         desync = _disagreement(members, member)
@@ -148,6 +147,12 @@ def _hold(bind_host, port, me, seconds):
       with contextlib.suppress(OSError):
         connection.recv(1)
   return verdict
+
+
+def _is_member(member, me):
+  """Whether an answer is of the kind that this process would give."""
+  kinds = lambda x: {name: type(value) for name, value in x.items()}
+  return member is not None and kinds(member) == kinds(me)
 
 
 def _disagreement(members, member):
@@ -191,8 +196,7 @@ def _answer(host, port, me, seconds):
       own_host = connection.getsockname()[0]
       connection.sendall(json.dumps(me).encode() + b'\n')
       # Its own wait may have begun when this one connected.
-      connection.settimeout(seconds + _LINE_SECONDS)
-      verdict = _read(connection)
+      verdict = _read(connection, seconds + _LINE_SECONDS)
       if verdict is not None:
         return verdict, own_host
       reason = 'something else listens there'
@@ -209,11 +213,13 @@ def _until(end: float) -> Iterator[float]:
     time.sleep(_RETRY_SECONDS)
 
 
-def _read(connection):
-  """A line of JSON, an object; None if there comes something else."""
+def _read(connection, seconds):
+  """A line of JSON, an object; None if there comes something else, or late."""
   data = b''
+  end = time.monotonic() + seconds
   try:
     while not data.endswith(b'\n') and len(data) < _LINE_BYTES:
+      connection.settimeout(max(end - time.monotonic(), 0.001))
       if not (more := connection.recv(_LINE_BYTES)):
         break
       data += more

@@ -91,4 +91,5 @@ def partition(
     contraction=min(c.contraction for c in communicators.values()),
     unbiased=all(c.unbiased for c in communicators.values()),
     agrees=one.agrees,
+    late=any(c.late for c in communicators.values()),
   )

@@ -96,6 +96,7 @@ def per_leaf(
     contraction=min(c.contraction for c in levels.values()),
     unbiased=all(c.unbiased for c in levels.values()),
     agrees=one.agrees,
+    late=any(c.late for c in levels.values()),
   )
 
 

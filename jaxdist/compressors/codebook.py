@@ -118,9 +118,10 @@ def codebook(
   def encode(x: Any, key: Any) -> Codebook:
     del key
     size = x.shape[1]
+    prunes = num_kept(density, size) < size
     scale = largest_magnitude(x)
     x = relative(x, scale)
-    if density < 1:
+    if prunes:
       kept, indices = selection.top_k(x, num_kept(density, size))
       x = selection.scatter(kept, indices, size)
     least = jnp.min(x, axis=1, keepdims=True)
@@ -128,7 +129,7 @@ def codebook(
     book = least + (most - least) * jnp.arange(levels) / (levels - 1)
     # Where there is a level for zeros, it stays that.
     free = jnp.ones(book.shape, bool)
-    if density < 1:
+    if prunes:
       free = jnp.arange(levels) != jnp.argmin(jnp.abs(book), 1, keepdims=True)
 
     def iterate(_, book):

@@ -62,15 +62,17 @@ class Advice:
     predictions: fastest first.
     choice: name of the one to take: of those within 5% of the fastest, the one
       that changes training least.
+    baseline: name of the one that the others are compared with.
   """
 
   predictions: tuple[Prediction, ...]
   choice: str
+  baseline: str
 
   @property
   def compress(self) -> bool:
-    """Whether compression pays here at all."""
-    return self.choice != CANDIDATES[0].name
+    """Whether anything else than the baseline pays here at all."""
+    return self.choice != self.baseline
 
   def to_json(self) -> str:
     """All of it as JSON."""
@@ -88,7 +90,7 @@ class Advice:
         f'{p.bytes_a_step:,.0f}',
         f'{p.step_seconds:.4g} s',
         f'{p.speedup:.2f}',
-        _rate(p.break_even) if p.name != CANDIDATES[0].name else '',
+        _rate(p.break_even) if p.name != self.baseline else '',
       )
       for p in self.predictions
     ]
@@ -220,7 +222,7 @@ def advise(
   fastest = min(p.step_seconds for p in predictions)
   choice = next(p for p in predictions if p.step_seconds <= _NEARLY * fastest)
   predictions.sort(key=lambda p: p.step_seconds)
-  return Advice(tuple(predictions), choice.name)
+  return Advice(tuple(predictions), choice.name, candidates[0].name)
 
 
 def break_even(

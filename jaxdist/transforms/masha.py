@@ -184,6 +184,11 @@ def _masha(learning_rate, communicator, keep, seed, feedback):
     raise ValueError(f'keep must be in [0, 1), got {keep}.')
   seed = checks.seed(seed)
   axis = communicator.axis
+  if not isinstance(axis, str):
+    raise ValueError(
+      f'communicator must lie along one axis, got {communicator!r}, which lies '
+      f'along {axis}.'
+    )
   whole = mean(axis)
   rate = learning_rate
   if not callable(learning_rate):

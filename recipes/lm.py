@@ -38,7 +38,7 @@ from flax import nnx
 from interrupt import Interrupt
 from jax.experimental import multihost_utils
 from model import Transformer, next_byte_loss
-from place import AXIS, find_place, prepare_devices
+from place import AXIS, find_place, launch, prepare_devices
 from record import Folder, Run
 from rich.console import Console
 from rich.progress import (
@@ -395,7 +395,7 @@ def main() -> None:
       folder = Folder(config.out, config.keep_going, writes=world.process == 0)
       if folder.writes:
         stack.enter_context(record.locked(config.out))
-      if world.restarts and folder.begun:
+      if world.restarts and folder.begun_by(launch()):
         config = dataclasses.replace(config, resume=True, overwrite=False)
       decisive = settings(config, data)
       folder.check(decisive, config.resume, config.overwrite)
@@ -405,7 +405,7 @@ def main() -> None:
     # before the others go on.
     jd.assert_same('the settings of lm.py', decisive)
     if not config.resume:
-      folder.begin(decisive)
+      folder.begin(decisive, launch())
     jd.assert_same('the folder of lm.py', {'begun': True})
     stopped = compare(config, data, folder, world)
   if stopped:

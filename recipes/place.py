@@ -13,6 +13,11 @@ AXIS = 'data'
 WORKERS = 8
 
 
+def launch() -> str:
+  """Who started this process, the same when it begins anew after a failure."""
+  return os.environ.get('SLURM_JOB_ID') or f'process {os.getppid()}'
+
+
 def prepare_devices(workers: int | None, processes: int = 1) -> None:
   """Divides the CPU into devices; to be called before JAX is first used.
 

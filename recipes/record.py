@@ -78,6 +78,12 @@ class Folder:
     """Whether it holds a comparison."""
     return self.settings.exists()
 
+  def begun_by(self, launch: str) -> bool:
+    """Whether the comparison was begun by this launch, see place.launch."""
+    return self.begun and (
+      json.loads(self.settings.read_text()).get('launch') == launch
+    )
+
   def check(
     self, settings: dict[str, Any], resume: bool, overwrite: bool
   ) -> None:
@@ -120,11 +126,12 @@ class Folder:
         'with them or --overwrite to replace them.'
       )
 
-  def begin(self, settings: dict[str, Any]) -> None:
+  def begin(self, settings: dict[str, Any], launch: str) -> None:
     """Makes room for a comparison."""
     if self.writes:
       self.clear()
-      replace(self.settings, json.dumps(settings, indent=2) + '\n')
+      text = json.dumps({**settings, 'launch': launch}, indent=2)
+      replace(self.settings, text + '\n')
 
   def clear(self) -> None:
     """Removes what an earlier comparison left, and nothing else."""

@@ -370,7 +370,7 @@ def test_results_are_neither_lost_nor_mixed(run_main, tmp_path, monkeypatch):
 
 def test_lost_metrics_are_noticed(data, tmp_path):
   folder = record.Folder(tmp_path)
-  folder.begin({'steps': 7})
+  folder.begin({'steps': 7}, 'here')
   lm.train(TINY, methods.DENSE, data, folder)
   folder.check({'steps': 7}, resume=True, overwrite=False)
   first, *others = folder.metrics.read_text().splitlines(keepends=True)

@@ -132,8 +132,8 @@ def unpack(data: bytes | bytearray | memoryview, like: Any = None) -> Any:
   """Reads what :func:`pack` wrote, or says that it is not that.
 
   Declared sizes are checked against the bytes that are there before memory is
-  allocated: arrays of at most 1032 times ``len(data)`` (the best of DEFLATE), or
-  the size of ``like``.
+  allocated: arrays are at most 1032 times ``len(data)``, the best that DEFLATE
+  can do, or of the size of ``like``.
 
   Args:
     data: the bytes.

@@ -24,13 +24,32 @@ from jaxdist.state import (
 AnyMesh = Mesh | AbstractMesh
 
 
+def leaves_beside(tree: Any, other: Any) -> list[Any]:
+  """What a tree shaped like another holds in the places of its leaves.
+
+  Args:
+    tree: the tree whose leaves count. Where it has None, as in place of the
+      leaves that someone else exchanges, the other may hold anything.
+    other: a tree of its structure.
+
+  Returns:
+    A subtree of ``other`` for each leaf of ``tree``, in order.
+
+  Raises:
+    ValueError: if the structures differ.
+  """
+  leaves, structure = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+  beside = structure.flatten_up_to(other)
+  return [y for x, y in zip(leaves, beside, strict=True) if x is not None]
+
+
 def leaf_specs(specs: Any | Callable[[Any], Any], tree: Any) -> list[Any]:
   """One PartitionSpec for each leaf of a tree.
 
   Args:
     specs: a tree of them, one for all leaves, or a function from the tree to a
       tree of them.
-    tree: arrays or shapes.
+    tree: arrays or shapes; None in place of leaves that are not asked for.
 
   Returns:
     The specs, in the order of the leaves.
@@ -41,15 +60,18 @@ def leaf_specs(specs: Any | Callable[[Any], Any], tree: Any) -> list[Any]:
   if callable(specs):
     specs = specs(tree)
   is_spec = lambda x: isinstance(x, PartitionSpec)
-  structure = jax.tree.structure(tree)
   if is_spec(specs):
-    return [specs] * structure.num_leaves
-  if jax.tree.structure(specs, is_leaf=is_spec) != structure:
+    return [specs] * len(jax.tree.leaves(tree))
+  try:
+    found = leaves_beside(tree, specs)
+  except ValueError:
+    found = [None]
+  if not all(map(is_spec, found)):
     raise ValueError(
       f'specs must be a PartitionSpec, or a tree of them with the structure '
-      f'{structure}, got {specs!r}.'
+      f'{jax.tree.structure(tree)}, got {specs!r}.'
     )
-  return jax.tree.leaves(specs, is_leaf=is_spec)
+  return found
 
 
 def axes_of(spec: PartitionSpec) -> list[str]:

@@ -51,11 +51,13 @@ def gradients(slices, chips, steps):
 def walk(tx, gradients):
   """All steps of one worker: updates, and the state that they leave."""
 
+  params = jax.tree.map(lambda g: g[0], gradients)
+
   def step(state, grad):
-    updates, state = tx.update(grad, state)
+    updates, state = tx.update(grad, state, params)
     return state, updates
 
-  state = tx.init(jax.tree.map(lambda g: g[0], gradients))
+  state = tx.init(params)
   state, updates = jax.lax.scan(step, state, gradients)
   return updates, state
 
@@ -289,6 +291,27 @@ def test_dense_is_data_parallel():
   state, metrics = step(state, bad)
   np.testing.assert_array_equal(metrics['skipped'], [1, 1, 1, 1])
   jax.tree.map(np.testing.assert_array_equal, state.params, before)
+
+
+@pytest.mark.parametrize('name', ['one_bit_adam', 'dgc'])
+def test_what_a_method_sends_whole_goes_in_two_levels_too(name):
+  """Nothing is coded: on two levels as on one."""
+  make = {
+    'one_bit_adam': lambda c: jd.one_bit_adam(1e-2, c, warmup_steps=2),
+    'dgc': lambda c: jd.dgc(c, max_norm=1.0),
+  }[name]
+  grads = gradients(2, 2, 4)
+  got, _ = simulated(lambda g: walk(make(hierarchical('dense')), g), grads)
+  one_level = jax.vmap(
+    lambda g: walk(make(jd.mean('data')), g), axis_name='data'
+  )
+  want, _ = jax.jit(one_level)(
+    jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), grads)
+  )
+  # Sums are taken in another order.
+  np.testing.assert_allclose(
+    flat(got, 3).reshape(4, 4, -1), flat(want, 2), rtol=1e-5, atol=1e-6
+  )
 
 
 @pytest.mark.parametrize('name', ['two_shot_sign', 'delayed_two_shot_sign'])

@@ -74,10 +74,11 @@ def optimizers(communicator):
   return {
     'error_feedback': optax.chain(jd.error_feedback(communicator), adam),
     'diloco': jd.diloco(adam, optax.sgd(0.7), communicator, every=2),
+    'dgc': optax.chain(jd.dgc(communicator, max_norm=1.0), optax.sgd(0.1)),
   }
 
 
-@pytest.mark.parametrize('name', ['error_feedback', 'diloco'])
+@pytest.mark.parametrize('name', ['error_feedback', 'diloco', 'dgc'])
 def test_uncompressed_shards_are_data_parallel(name):
   """Cut over 4 devices a worker, or whole on one: the same training."""
   mean = jd.mean('dcn')
@@ -195,28 +196,51 @@ def test_a_shard_is_exchanged_as_by_itself(name):
         np.testing.assert_allclose(mine[device][k], theirs[k][0], atol=1e-5)
 
 
+def step_traffic(tx):
+  """Of the compiled step, and what the parameters look like."""
+  where = {'mesh': make_mesh(2, 2, 2), 'axis': 'dcn', 'specs': SPECS}
+  state = jd.init(tx, jax.eval_shape(params), **where)
+  step = jd.train_step(loss, tx, **where, batch_spec=P('fsdp'))
+  batch = jax.ShapeDtypeStruct((16, 64), jnp.float32)
+  return jd.traffic(step, state, batch), state.params
+
+
+def inside(traffic):
+  """Kinds and shapes of what stays inside a worker."""
+  return sorted((r.kind, r.shape) for r in traffic.rows if r.axis != 'dcn')
+
+
+@pytest.fixture(scope='module')
+def dense_inside():
+  sharded = jd.per_shard(jd.mean('dcn'), SPECS)
+  tx = optax.chain(jd.error_feedback(sharded), optax.sgd(0.1))
+  return inside(step_traffic(tx)[0])
+
+
 @pytest.mark.parametrize('name', CODED)
-def test_bytes_between_workers_are_claimed_and_none_more_inside(name):
-  mesh = make_mesh(2, 2, 2)
-  sent = {}
-  for which, communicator in {
-    'coded': CODED[name],
-    'dense': jd.mean('dcn'),
-  }.items():
-    sharded = jd.per_shard(communicator, SPECS)
-    tx = optax.chain(jd.error_feedback(sharded), optax.sgd(0.1))
-    where = {'mesh': mesh, 'axis': 'dcn', 'specs': SPECS}
-    state = jd.init(tx, jax.eval_shape(params), **where)
-    step = jd.train_step(loss, tx, **where, batch_spec=P('fsdp'))
-    traffic = jd.traffic(
-      step, state, jax.ShapeDtypeStruct((16, 64), jnp.float32)
-    )
-    skip_flag = 4  # 2 * 4 * (2 - 1) / 2 bytes: the step's own all-reduce.
-    claimed = sharded.bytes_sent(state.params, 2)
-    assert traffic.by_axis()['dcn'] == claimed + skip_flag
-    inside = [(r.kind, r.shape) for r in traffic.rows if r.axis != 'dcn']
-    sent[which] = sorted(inside)
-  assert sent['coded'] == sent['dense']
+def test_bytes_between_workers_are_claimed_and_none_more_inside(
+  name, dense_inside
+):
+  sharded = jd.per_shard(CODED[name], SPECS)
+  tx = optax.chain(jd.error_feedback(sharded), optax.sgd(0.1))
+  traffic, shapes = step_traffic(tx)
+  skip_flag = 4  # 2 * 4 * (2 - 1) / 2 bytes: the step's own all-reduce.
+  assert traffic.by_axis()['dcn'] == sharded.bytes_sent(shapes, 2) + skip_flag
+  assert inside(traffic) == dense_inside
+
+
+@pytest.mark.parametrize('name', ['one_bit_lamb', 'masha2', 'dgc'])
+def test_what_a_method_sends_whole_goes_shard_by_shard_too(name, dense_inside):
+  """Warm-ups, reference points and vectors gather nothing inside a worker."""
+  sharded = jd.per_shard(CODED['two_shot_sign'], SPECS)
+  tx = {
+    'one_bit_lamb': lambda: jd.one_bit_lamb(1e-2, sharded, warmup_steps=2),
+    'masha2': lambda: jd.masha2(0.1, sharded, keep=0.5),
+    'dgc': lambda: optax.chain(jd.dgc(sharded), optax.sgd(0.1)),
+  }[name]()
+  traffic, _ = step_traffic(tx)
+  arrays = [row for row in inside(traffic) if row[1]]  # Norms are scalars.
+  assert arrays == [row for row in dense_inside if row[1]]
 
 
 def test_another_number_of_workers_keeps_what_each_shard_is_owed(tmp_path):

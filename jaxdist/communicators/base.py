@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdist import placement
 from jaxdist.communicators import collectives
 from jaxdist.state import Axis, axis_names
 
@@ -38,6 +39,8 @@ class Communicator:
     unbiased: whether every code in it is unbiased.
     agrees: whether ``result`` is the same on all workers.
     late: whether ``result`` is of what was handed in one exchange ago.
+    uncompressed: makes what sends float32 in its place, between the same
+      workers and by the same ways; None where that is ``jd.mean(axis)``.
   """
 
   name: str
@@ -49,6 +52,7 @@ class Communicator:
   unbiased: bool = True
   agrees: bool = True
   late: bool = False
+  uncompressed: 'Callable[[], Communicator] | None' = None
 
   def __repr__(self) -> str:
     return self.name
@@ -89,7 +93,8 @@ def leaf_labels(
 
   Args:
     tree: arrays, or shapes and dtypes.
-    labels: a tree of labels shaped like it, or a function to such a tree.
+    labels: a tree of labels shaped like it, or a function to such a tree. The
+      tree may have None in place of leaves that are not asked for.
     known: labels that there are.
 
   Returns:
@@ -99,7 +104,7 @@ def leaf_labels(
     ValueError: for a label that is not known.
   """
   named = labels(tree) if callable(labels) else labels
-  names = jax.tree.structure(tree).flatten_up_to(named)
+  names = placement.leaves_beside(tree, named)
   for name in names:
     if name not in known:
       raise ValueError(
@@ -184,6 +189,7 @@ def over_leaves(
   unbiased: bool,
   agrees: bool = True,
   late: bool = False,
+  uncompressed: Callable[[], Communicator] | None = None,
 ) -> Communicator:
   """Makes a communicator from functions on a list of float32 leaves.
 
@@ -204,6 +210,7 @@ def over_leaves(
     agrees: see :class:`Communicator`.
     late: see :class:`Communicator`; a result that a narrow dtype has no room
       for would be so each time, and is cut to its range.
+    uncompressed: see :class:`Communicator`.
 
   Returns:
     The communicator.
@@ -267,4 +274,5 @@ def over_leaves(
     unbiased=unbiased,
     agrees=agrees,
     late=late,
+    uncompressed=uncompressed,
   )

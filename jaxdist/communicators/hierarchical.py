@@ -154,6 +154,7 @@ def hierarchical(
     contraction=slow.contraction,
     unbiased=slow.unbiased,
     late=slow.late,
+    uncompressed=lambda: hierarchical(mean(fast.axis), mean(slow.axis)),
   )
 
 

@@ -1,6 +1,5 @@
 """One communicator for some leaves, another for the others."""
 
-import collections
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +20,8 @@ def partition(
   **On the wire:** the sum of what the communicators send.
 
   Args:
-    communicators: a communicator for each label.
+    communicators: a communicator for each label. It sees the whole tree, with
+      None in place of the other leaves.
     labels: a tree of labels, shaped like the updates, or a function from the
       updates to such a tree, as for :func:`optax.partition`.
 
@@ -50,36 +50,44 @@ def partition(
   one = next(iter(communicators.values()))
 
   def split(tree):
-    """The leaves of each label that occurs, and the way back."""
+    """The tree of each label that occurs: None in place of other leaves."""
     leaves, treedef = jax.tree.flatten(tree)
     names = base.leaf_labels(tree, labels, communicators)
-    parts = collections.defaultdict(list)
-    for leaf, name in zip(leaves, names, strict=True):
-      parts[name].append(leaf)
+    return {
+      label: treedef.unflatten(
+        [
+          leaf if name == label else None
+          for leaf, name in zip(leaves, names, strict=True)
+        ]
+      )
+      for label in sorted(set(names))
+    }
 
-    def merge(parts):
-      rest = {name: iter(part) for name, part in parts.items()}
-      return treedef.unflatten([next(rest[name]) for name in names])
-
-    return dict(sorted(parts.items())), merge
+  def merge(parts):
+    is_none = lambda x: x is None
+    pick = lambda *leaves: next((x for x in leaves if x is not None), None)
+    return jax.tree.map(pick, *parts, is_leaf=is_none)
 
   def init(tree, feedback=False):
     base.exchanged_leaves(tree)
-    parts, _ = split(tree)
-    return {k: communicators[k].init(v, feedback) for k, v in parts.items()}
+    return {
+      k: communicators[k].init(part, feedback)
+      for k, part in split(tree).items()
+    }
 
   def exchange(tree, state):
-    parts, merge = split(tree)
-    done = {k: communicators[k].exchange(v, state[k]) for k, v in parts.items()}
-    result, sent, new_state = (
-      {k: v[i] for k, v in done.items()} for i in range(3)
-    )
-    return merge(result), merge(sent), new_state
+    done = [
+      (k, *communicators[k].exchange(part, state[k]))
+      for k, part in split(tree).items()
+    ]
+    names, results, sents, states = zip(*done, strict=True)
+    new_state = dict(zip(names, states, strict=True))
+    return merge(results), merge(sents), new_state
 
   def bytes_sent(tree, workers):
-    parts, _ = split(tree)
     return sum(
-      communicators[k].bytes_sent(v, workers) for k, v in parts.items()
+      communicators[k].bytes_sent(part, workers)
+      for k, part in split(tree).items()
     )
 
   return base.Communicator(
@@ -92,4 +100,5 @@ def partition(
     unbiased=all(c.unbiased for c in communicators.values()),
     agrees=one.agrees,
     late=any(c.late for c in communicators.values()),
+    uncompressed=one.uncompressed,
   )

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist import placement
 from jaxdist.communicators import base, collectives
+from jaxdist.communicators.uncompressed import uncompressed
 from jaxdist.state import PerShard, shard_spec
 
 
@@ -30,8 +31,7 @@ def per_shard(
   Args:
     communicator: one along the workers' axis, such as ``jd.mean('dcn', code)``.
       Blocks, buckets and low-rank factors are those of a shard. It sees a tree
-      for each kind of sharding, with None in place of the other leaves: give
-      the labels of :func:`jaxdist.partition` as a function.
+      for each kind of sharding, with None in place of the other leaves.
     specs: a tree of :class:`jax.sharding.PartitionSpec`, shaped like the
       updates, over the axes inside a worker; one spec for all leaves; or a
       function from the updates to such a tree.
@@ -118,6 +118,7 @@ def per_shard(
     init=init,
     exchange=exchange,
     bytes_sent=bytes_sent,
+    uncompressed=lambda: per_shard(uncompressed(communicator), specs),
   )
 
 

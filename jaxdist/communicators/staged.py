@@ -120,6 +120,7 @@ def staged(
     contraction=min(c.contraction for c in communicators),
     unbiased=all(c.unbiased for c in communicators),
     agrees=communicators[0].agrees,
+    uncompressed=communicators[0].uncompressed,
   )
 
 

@@ -9,8 +9,8 @@ from jaxtyping import Array, Int32
 
 from jaxdist.communicators import collectives
 from jaxdist.communicators.base import Communicator
-from jaxdist.communicators.mean import mean
 from jaxdist.communicators.partition import partition
+from jaxdist.communicators.uncompressed import uncompressed
 from jaxdist.state import PerWorker
 from jaxdist.transforms import base
 from jaxdist.transforms.error_feedback import zero_residual
@@ -110,7 +110,7 @@ def dgc(
     raise ValueError(f'max_norm must be positive, got {max_norm}.')
   axis = communicator.axis
   exchanger = partition(
-    {'matrix': communicator, 'whole': mean(axis)},
+    {'matrix': communicator, 'whole': uncompressed(communicator)},
     lambda tree: jax.tree.map(
       lambda x: 'matrix' if x.ndim > 1 else 'whole', tree
     ),

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int32
 
 from jaxdist.communicators import checks
 from jaxdist.communicators.base import Communicator, cast
-from jaxdist.communicators.mean import mean
+from jaxdist.communicators.uncompressed import uncompressed
 from jaxdist.state import PerWorker
 from jaxdist.transforms import base
 from jaxdist.transforms.error_feedback import (
@@ -184,12 +184,7 @@ def _masha(learning_rate, communicator, keep, seed, feedback):
     raise ValueError(f'keep must be in [0, 1), got {keep}.')
   seed = checks.seed(seed)
   axis = communicator.axis
-  if not isinstance(axis, str):
-    raise ValueError(
-      f'communicator must lie along one axis, got {communicator!r}, which lies '
-      f'along {axis}.'
-    )
-  whole = mean(axis)
+  whole = uncompressed(communicator)
   rate = learning_rate
   if not callable(learning_rate):
     rate = lambda count: learning_rate

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int32
 
 from jaxdist.communicators.base import Communicator
-from jaxdist.communicators.mean import mean
+from jaxdist.communicators.uncompressed import uncompressed
 from jaxdist.state import PerWorker
 from jaxdist.transforms import base
 from jaxdist.transforms.error_feedback import (
@@ -142,9 +142,9 @@ def init_moments(communicator: Communicator):
   return init_fn
 
 
-def whole_mean(tree: Any, axis: str) -> Any:
-  """The mean over workers in float32, which needs no state."""
-  dense = mean(axis)
+def whole_mean(tree: Any, communicator: Communicator) -> Any:
+  """The mean over its workers in float32, which needs no state."""
+  dense = uncompressed(communicator)
   return dense.exchange(tree, dense.init(tree))[0]
 
 
@@ -175,7 +175,7 @@ def exchange_moments(
 
   def warm_up(state):
     with jax.named_scope('jaxdist.warmup.0'):
-      mean_grad = whole_mean(grads, communicator.axis)
+      mean_grad = whole_mean(grads, communicator)
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, mean_grad)
     nu = jax.tree.map(
       lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, mean_grad

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from jaxdist import compat
 from jaxdist.communicators import collectives
 from jaxdist.communicators.base import Communicator
 from jaxdist.state import PerWorker
@@ -225,7 +224,7 @@ def _known_to_agree(numbers, axis):
   nothing to say.
   """
   leaves = jax.tree.leaves(numbers)
-  if not any(axis in compat.varying_axes(x) for x in leaves):
+  if not any(collectives.differs_along(x, axis) for x in leaves):
     return numbers
   return jax.lax.pmean(collectives.vary(numbers, axis), axis)
 

@@ -172,7 +172,7 @@ def zero_one_adam(
 
   def refresh(grads, params, rate, state):
     with jax.named_scope('jaxdist.warmup.0'):
-      mean_grads = whole_mean(grads, axis)
+      mean_grads = whole_mean(grads, communicator)
     nu = jax.tree.map(
       lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, mean_grads
     )

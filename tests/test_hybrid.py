@@ -243,6 +243,21 @@ def test_what_a_method_sends_whole_goes_shard_by_shard_too(name, dense_inside):
   assert arrays == [row for row in dense_inside if row[1]]
 
 
+def test_labels_of_all_leaves_fit_the_shards():
+  """A group of shards sees None for other leaves; labels need not."""
+  where = {'mesh': make_mesh(2, 2, 2), 'axis': 'dcn', 'specs': SPECS}
+  placed = jd.init(optax.sgd(0.1), jax.eval_shape(params), **where).params
+  coded, whole = jd.mean('dcn', jd.sign(block_size=128)), jd.mean('dcn')
+  labels = {'w': 'coded', 'v': 'coded', 'b': 'whole'}
+  for make in (jd.partition, jd.per_leaf):
+    communicator = make({'coded': coded, 'whole': whole}, labels)
+    blocks, bytes_a_block = 12 + 6, 16 + 4  # Of 32 x 48 and 48 x 16 numbers.
+    assert (
+      jd.per_shard(communicator, SPECS).bytes_sent(placed, 2)
+      == blocks * bytes_a_block + 4 * 128  # A bucket of whole rows.
+    )
+
+
 def test_another_number_of_workers_keeps_what_each_shard_is_owed(tmp_path):
   communicator = jd.per_shard(CODED['two_shot_sign'], SPECS)
   tx = optimizers(communicator)['error_feedback']

@@ -38,6 +38,8 @@ class Communicator:
     unbiased: whether every code in it is unbiased.
     agrees: whether ``result`` is the same on all workers.
     late: whether ``result`` is of what was handed in one exchange ago.
+    encodes_twice: whether, for some number of workers, a mean is encoded again
+      before it reaches all.
   """
 
   name: str
@@ -49,6 +51,7 @@ class Communicator:
   unbiased: bool = True
   agrees: bool = True
   late: bool = False
+  encodes_twice: bool = False
 
   def __repr__(self) -> str:
     return self.name
@@ -184,6 +187,7 @@ def over_leaves(
   unbiased: bool,
   agrees: bool = True,
   late: bool = False,
+  encodes_twice: bool = False,
 ) -> Communicator:
   """Makes a communicator from functions on a list of float32 leaves.
 
@@ -204,6 +208,7 @@ def over_leaves(
     agrees: see :class:`Communicator`.
     late: see :class:`Communicator`; a result that a narrow dtype has no room
       for would be so each time, and is cut to its range.
+    encodes_twice: see :class:`Communicator`.
 
   Returns:
     The communicator.
@@ -267,4 +272,5 @@ def over_leaves(
     unbiased=unbiased,
     agrees=agrees,
     late=late,
+    encodes_twice=encodes_twice,
   )

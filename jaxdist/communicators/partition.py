@@ -92,4 +92,5 @@ def partition(
     unbiased=all(c.unbiased for c in communicators.values()),
     agrees=one.agrees,
     late=any(c.late for c in communicators.values()),
+    encodes_twice=any(c.encodes_twice for c in communicators.values()),
   )

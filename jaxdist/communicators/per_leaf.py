@@ -97,6 +97,7 @@ def per_leaf(
     unbiased=all(c.unbiased for c in levels.values()),
     agrees=one.agrees,
     late=any(c.late for c in levels.values()),
+    encodes_twice=any(c.encodes_twice for c in levels.values()),
   )
 
 

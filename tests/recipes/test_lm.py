@@ -6,6 +6,7 @@ Models are tiny and untrained; whether a method trains well is not tested here.
 import doctest
 import functools
 import json
+import math
 import os
 import re
 import signal
@@ -483,9 +484,20 @@ def test_report_survives_odd_runs(tmp_path):
   row = jd.Collective(
     'all-reduce', 'float32', (3,), 12, 12.0, 'data', 'inside a host', 2, 1.0, ''
   )
-  line = {'step': 1, 'loss': None, 'bytes_sent': 12, 'step_seconds': 1.0}
+  line = {'step': 1, 'loss': math.nan, 'bytes_sent': 12, 'step_seconds': 1.0}
+  diverged = {'val_loss': math.inf, 'run': 'dense', 'seconds': 2.0}
+  folder = record.Folder(tmp_path)
+  folder.append({**line, **diverged}, sync=False)
+
+  def refuse(constant):
+    raise AssertionError(f'{constant} is no JSON')
+
+  written = folder.metrics.read_text()
+  assert json.loads(written, parse_constant=refuse)['val_loss'] is None
+  (line,) = folder.load_lines('dense')
+  assert math.isnan(line['loss']) and math.isnan(line['val_loss'])
   odd = [
-    record.Run(name, [{**line, 'run': name, 'seconds': 2.0}], jd.Traffic(rows))
+    record.Run(name, [{**line, 'run': name}], jd.Traffic(rows))
     for name, rows in (('dense', (row,)), ('<silent>', ()))
   ]
   report.write(tmp_path / 'page.html', odd, '<title>', {'a': 1})

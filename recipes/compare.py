@@ -13,7 +13,6 @@ cores, all methods with five seeds about an hour.
 import contextlib
 import dataclasses
 import json
-import math
 import shlex
 import signal
 import sys

@@ -397,7 +397,8 @@ def main() -> None:
       decisive = settings(config, data)
       folder.check(decisive, config.resume, config.overwrite)
     except ValueError as error:
-      sys.exit(f'lm.py: {error}')
+      print(f'lm.py: {error}', file=sys.stderr)
+      sys.exit(2)  # As a wrong option does: there is no use in trying again.
     # All have looked into the folder before one writes to it, and it has
     # before the others go on.
     jd.assert_same('the settings of lm.py', decisive)

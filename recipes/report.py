@@ -2,7 +2,6 @@
 
 import html
 import json
-import math
 from typing import Any
 
 import numpy as np

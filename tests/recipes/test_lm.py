@@ -89,9 +89,10 @@ def run_main(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
       lm.main()
     captured = capsys.readouterr()
-    # tyro prints by itself and exits with a number.
     code = stopped.value.code
     message = code if isinstance(code, str) else captured.out + captured.err
+    if message == captured.err:
+      assert code == 2  # The launcher does not try refused settings again.
     return re.sub(r'[\s│╭╮╰╯─]+', ' ', message)
 
   return run

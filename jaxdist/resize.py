@@ -38,8 +38,9 @@ def resize(state: Any, like: Any) -> Any:
 
   All other leaves pass through. With as many workers as before, nothing
   changes. Runs inside ``jit`` too, where it is the caller's ``out_shardings``
-  that place the result; outside of it, what changes goes through host memory,
-  one leaf at a time.
+  that place the result, and where rows of ``'split'`` that find no room are
+  dropped unseen: values are not known there, so that nothing can be raised.
+  Outside of it, what changes goes through host memory, one leaf at a time.
 
   Args:
     state: as seen from outside the workers: per-worker leaves have a leading
@@ -53,7 +54,8 @@ def resize(state: Any, like: Any) -> Any:
   Raises:
     ValueError: if a leaf is only in one of the two, has another dtype or
       another shape behind the worker axis, must not be resized
-      (``resize=None``), or would lose rows that are not zero. Names the leaf.
+      (``resize=None``), or, outside of ``jit``, would lose rows that are not
+      zero. Names the leaf.
 
   Examples:
     >>> import jaxdist as jd

@@ -99,6 +99,12 @@ def checkpoints(directory: str | os.PathLike) -> dict[int, Any]:
   return {step.step: step.path for step in steps}
 
 
+def checkpoint_path(directory: str | os.PathLike, step: int) -> Any:
+  """Where the checkpoint of a step lies, if there is one."""
+  name = ocp.path.step.standard_name_format().build_name(step)
+  return ocp.path.Path(absolute(directory)) / name
+
+
 def check_there(
   directory: str | os.PathLike, paths: dict[int, Any], step: int | None
 ) -> None:

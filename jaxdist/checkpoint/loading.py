@@ -19,12 +19,14 @@ from jaxdist.checkpoint.layout import (
   CorruptCheckpointError,
   absolute,
   check_there,
+  checkpoint_path,
   checkpoints,
   context,
   raise_if_refused,
   read_record,
   without_pages,
 )
+from jaxdist.hosts import agreement
 from jaxdist.keys import is_key, key_impl
 from jaxdist.resize import (
   LeafSpec,
@@ -55,7 +57,8 @@ def restore(
   Where ``like`` is of another number of workers than the checkpoint, per-worker
   leaves become what their ``resize`` says; see :func:`jaxdist.resize`. These
   leaves, and only these, pass through host memory whole, a few at a time. In a
-  run of several processes all of them must call it.
+  run of several processes all of them must call it; which checkpoints there
+  are, the first of them says.
 
   All that is read is compared with the digests in the checkpoint: a bit that
   flipped in a file, or a file that was cut off or removed, is found. Where no
@@ -82,6 +85,7 @@ def restore(
       the two, or has another shape or dtype, or is of another number of workers
       and has ``resize=None``. Names the leaf. Also if it was written by an
       older jaxdist, without digests.
+    MissingProcessError: if another process does not call this in time.
 
   Warns:
     CorruptCheckpointWarning: if an older checkpoint was restored.
@@ -96,7 +100,7 @@ def restore(
     ...   jd.restore(directory, jd.PerWorker(jnp.zeros(1))).value
     Array([2.], dtype=float32)
   """
-  paths = checkpoints(directory)
+  paths = _listed(directory)
   if step is not None:
     step = operator.index(step)
   steps = sorted(paths, reverse=True) if step is None else [step]
@@ -123,6 +127,23 @@ def restore(
       stacklevel=2,
     )
   return state
+
+
+def _listed(directory):
+  """The checkpoints that the first process sees; others may see an older list.
+
+  Network file systems keep listings for a while.
+  """
+  if jax.process_count() == 1:
+    return checkpoints(directory)
+  mine = sorted(checkpoints(directory)) if jax.process_index() == 0 else None
+  steps = agreement.decide(
+    'the checkpoints to restore',
+    mine,
+    lambda said: said[0],
+    range(jax.process_count()),
+  )
+  return {step: checkpoint_path(directory, step) for step in steps}
 
 
 def _read(path, like):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jaxdist.communicators import base, checks
+from jaxdist.communicators import base, checks, collectives
 from jaxdist.kernels.orthonormalize.api import orthonormalize
 
 
@@ -87,7 +87,7 @@ def low_rank_mean(axis: str, rank: int, *, seed: int = 0) -> base.Communicator:
       for leaf, is_factored in zip(leaves, factored, strict=True)
       if not is_factored
     ]
-    key = jax.random.fold_in(jax.random.key(seed), state.count)
+    key = collectives.exchange_key(seed, state.count)
     keys = jax.random.split(key, max(1, len(matrices)))
     # A state of a larger rank will do: see per_leaf.
     starts = [

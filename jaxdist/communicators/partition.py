@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxdist.communicators import base
+from jaxdist.communicators import base, collectives
 
 
 def partition(
@@ -16,9 +16,8 @@ def partition(
   """Sends each leaf through the communicator that its label names.
 
   Norms and biases are few numbers that lossy codes hurt: send them whole. Codes
-  that draw random numbers draw the same for two labels whose communicators have
-  the same seed: give them different ones.
-  **On the wire:** the sum of what the communicators send.
+  that draw random numbers draw others for each label, also where seeds are the
+  same. **On the wire:** the sum of what the communicators send.
 
   Args:
     communicators: a communicator for each label.
@@ -70,7 +69,10 @@ def partition(
 
   def exchange(tree, state):
     parts, merge = split(tree)
-    done = {k: communicators[k].exchange(v, state[k]) for k, v in parts.items()}
+    done = {}
+    for label, part in parts.items():
+      with collectives.member(sorted(communicators).index(label)):
+        done[label] = communicators[label].exchange(part, state[label])
     result, sent, new_state = (
       {k: v[i] for k, v in done.items()} for i in range(3)
     )

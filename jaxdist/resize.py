@@ -11,6 +11,9 @@ from jax.experimental import multihost_utils
 from jaxdist.keys import is_key
 from jaxdist.state import Resize, is_per_worker
 
+# How the library's states call what a code dropped.
+_RESIDUALS = ('residual', 'error', 'dropped')
+
 
 def resize(state: Any, like: Any) -> Any:
   r"""Changes the number of workers of a state.
@@ -99,6 +102,7 @@ class NamedLeaf(NamedTuple):
     per_worker: whether it sits in a :class:`jaxdist.PerWorker`.
     rule: that node's ``resize``.
     parts: that node's ``parts``.
+    is_residual: whether it is what a code dropped, to be sent later.
   """
 
   name: str
@@ -106,6 +110,7 @@ class NamedLeaf(NamedTuple):
   per_worker: bool
   rule: Resize | None
   parts: int = 1
+  is_residual: bool = False
 
   def spec(self) -> LeafSpec:
     """Shape, dtype and place of the leaf."""
@@ -127,9 +132,13 @@ def named_leaves(tree: Any) -> list[NamedLeaf]:
   for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_per_worker):
     per_worker = is_per_worker(node)
     rule, parts = (node.resize, node.parts) if per_worker else (None, 1)
+    field = getattr(path[-1], 'name', None) if path else None
+    is_residual = per_worker and field in _RESIDUALS
     for inner_path, value in jax.tree.leaves_with_path(node):
       name = jax.tree_util.keystr((*path, *inner_path))
-      leaves.append(NamedLeaf(name, value, per_worker, rule, parts))
+      leaves.append(
+        NamedLeaf(name, value, per_worker, rule, parts, is_residual)
+      )
   return leaves
 
 

@@ -51,6 +51,7 @@ def restore(
   like: Any,
   *,
   step: SupportsIndex | None = None,
+  reset_residuals: bool = False,
 ) -> Any:
   """Reads a state, bit for bit, and places it as it is asked for.
 
@@ -72,6 +73,8 @@ def restore(
       structure, shapes, dtypes and shardings. Without a sharding, a leaf comes
       uncommitted on the default device.
     step: which checkpoint; ``None`` is the newest that is whole.
+    reset_residuals: whether to forget residuals that are not finite, with a
+      warning, instead of refusing them. What they held back is lost.
 
   Returns:
     The state, with the structure of ``like``.
@@ -84,11 +87,13 @@ def restore(
     ValueError: if the checkpoint is of another state: a leaf is only in one of
       the two, or has another shape or dtype, or is of another number of workers
       and has ``resize=None``. Names the leaf. Also if it was written by an
-      older jaxdist, without digests.
+      older jaxdist, without digests, or holds residuals that are not finite:
+      every step from there on would be skipped.
     MissingProcessError: if another process does not call this in time.
 
   Warns:
     CorruptCheckpointWarning: if an older checkpoint was restored.
+    UserWarning: naming residuals that were forgotten.
 
   Examples:
     >>> import tempfile
@@ -108,7 +113,7 @@ def restore(
   errors = []
   for step in steps:
     try:
-      state = _read(paths[step], like)
+      state, forgotten = _read(paths[step], like, reset_residuals)
       break
     except CorruptCheckpointError as error:
       errors.append(error)
@@ -124,6 +129,12 @@ def restore(
     warnings.warn(
       f'{error} Restored step {step} instead; the damaged one is now {aside}.',
       CorruptCheckpointWarning,
+      stacklevel=2,
+    )
+  if forgotten:
+    warnings.warn(
+      f'{paths[step]}: {", ".join(forgotten)} are not finite and begin anew '
+      f'from zero.',
       stacklevel=2,
     )
   return state
@@ -146,8 +157,8 @@ def _listed(directory):
   return {step: checkpoint_path(directory, step) for step in steps}
 
 
-def _read(path, like):
-  """The state in one checkpoint."""
+def _read(path, like, reset_residuals):
+  """The state in one checkpoint, and the residuals in it that are forgotten."""
   record = integrity.together(lambda: read_record(path))
   specs = {leaf['path']: _spec(leaf) for leaf in record['leaves']}
   seals = {
@@ -176,9 +187,35 @@ def _read(path, like):
     values = _load_checked(path, targets, seals)
     for leaf in batch:
       restored[leaf.name] = _finish(values.pop(leaf.name), leaf)
-  return jax.tree.unflatten(
+  bad = _not_finite([leaf for leaf in leaves if leaf.is_residual], restored)
+  if bad and not reset_residuals:
+    raise ValueError(
+      f'{path} holds residuals that are not finite, {bad[0].name} among them: '
+      f'every step would be skipped. Restore an older step, or forget them by '
+      f'reset_residuals=True.'
+    )
+  for leaf in bad:
+    zeros = np.zeros(np.shape(leaf.value), leaf.value.dtype)
+    restored[leaf.name] = placed(zeros, leaf.value)
+  state = jax.tree.unflatten(
     jax.tree.structure(like), [restored[leaf.name] for leaf in leaves]
   )
+  return state, [leaf.name for leaf in bad]
+
+
+def _not_finite(leaves, values):
+  """Those leaves that are not finite on any process."""
+
+  def is_bad(x):
+    parts = [x]
+    if isinstance(x, jax.Array):
+      parts = [part.data for part in x.addressable_shards]
+    return not all(np.isfinite(np.asarray(part)).all() for part in parts)
+
+  flags = np.array([is_bad(values[leaf.name]) for leaf in leaves], bool)
+  if jax.process_count() > 1 and leaves:
+    flags = multihost_utils.process_allgather(flags).any(axis=0)  # the wire
+  return [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
 
 
 def _spec(leaf):

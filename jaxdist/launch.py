@@ -30,9 +30,10 @@ def main() -> int:
     '--restarts',
     type=int,
     default=0,
-    help='how often to begin anew after a failure (default: 0); '
-    'jaxdist.initialize() returns how often that was, for the script to go on '
-    'from its last checkpoint',
+    help='how often to begin anew after a failure (default: 0), but for exit '
+    'status 2, by which scripts refuse their arguments; jaxdist.initialize() '
+    'returns how often that was, for the script to go on from its last '
+    'checkpoint',
   )
   parser.add_argument('script', help='a Python file')
   parser.add_argument(

@@ -30,12 +30,15 @@ class Outline(NamedTuple):
       key = self.keys[index] if self.keys else index
       yield f'<{index}>' if self.kind == 'other' else f'[{key!r}]', child
 
-  def leaf_names(self, path: str = '') -> Iterator[str]:
-    """The path of each leaf, in the order of ``jax.tree.leaves``."""
+  def leaf_paths(self, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The steps to each leaf, in the order of ``jax.tree.leaves``.
+
+    Not joined: a message may have one long key above many leaves.
+    """
     if self.kind == 'leaf':
       yield path
     for step, child in self.parts():
-      yield from child.leaf_names(path + step)
+      yield from child.leaf_paths((*path, step))
 
   def first_other(self) -> str | None:
     """The name of a node that only its class can rebuild, if there is one."""

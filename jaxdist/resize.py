@@ -11,6 +11,9 @@ from jax.experimental import multihost_utils
 from jaxdist.keys import is_key
 from jaxdist.state import Resize, is_per_worker
 
+# How the library's states call what a code dropped.
+_RESIDUALS = ('residual', 'error', 'dropped')
+
 
 def resize(state: Any, like: Any) -> Any:
   r"""Changes the number of workers of a state.
@@ -38,8 +41,9 @@ def resize(state: Any, like: Any) -> Any:
 
   All other leaves pass through. With as many workers as before, nothing
   changes. Runs inside ``jit`` too, where it is the caller's ``out_shardings``
-  that place the result; outside of it, what changes goes through host memory,
-  one leaf at a time.
+  that place the result, and where rows of ``'split'`` that find no room are
+  dropped unseen: values are not known there, so that nothing can be raised.
+  Outside of it, what changes goes through host memory, one leaf at a time.
 
   Args:
     state: as seen from outside the workers: per-worker leaves have a leading
@@ -53,7 +57,8 @@ def resize(state: Any, like: Any) -> Any:
   Raises:
     ValueError: if a leaf is only in one of the two, has another dtype or
       another shape behind the worker axis, must not be resized
-      (``resize=None``), or would lose rows that are not zero. Names the leaf.
+      (``resize=None``), or, outside of ``jit``, would lose rows that are not
+      zero. Names the leaf.
 
   Examples:
     >>> import jaxdist as jd
@@ -97,6 +102,7 @@ class NamedLeaf(NamedTuple):
     per_worker: whether it sits in a :class:`jaxdist.PerWorker`.
     rule: that node's ``resize``.
     parts: that node's ``parts``.
+    is_residual: whether it is what a code dropped, to be sent later.
   """
 
   name: str
@@ -104,6 +110,7 @@ class NamedLeaf(NamedTuple):
   per_worker: bool
   rule: Resize | None
   parts: int = 1
+  is_residual: bool = False
 
   def spec(self) -> LeafSpec:
     """Shape, dtype and place of the leaf."""
@@ -125,9 +132,13 @@ def named_leaves(tree: Any) -> list[NamedLeaf]:
   for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_per_worker):
     per_worker = is_per_worker(node)
     rule, parts = (node.resize, node.parts) if per_worker else (None, 1)
+    field = getattr(path[-1], 'name', None) if path else None
+    is_residual = per_worker and field in _RESIDUALS
     for inner_path, value in jax.tree.leaves_with_path(node):
       name = jax.tree_util.keystr((*path, *inner_path))
-      leaves.append(NamedLeaf(name, value, per_worker, rule, parts))
+      leaves.append(
+        NamedLeaf(name, value, per_worker, rule, parts, is_residual)
+      )
   return leaves
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int32
 from jaxdist import lifting, placement, shared
 from jaxdist import state as worker_state
 from jaxdist.communicators import checks, collectives
+from jaxdist.communicators.base import exchanged_leaves
 from jaxdist.hosts import desync
 from jaxdist.state import Axis, PerShard, PerWorker, axis_names
 from jaxdist.transforms.base import all_finite, where
@@ -71,6 +72,8 @@ def init(
     ValueError: if not exactly one of ``mesh`` and ``workers`` is given, the
       mesh has no such axis, ``specs`` do not fit it, or an Optax wrapper around
       a communicator cannot work.
+    TypeError: if a parameter is not real floating point, as counters and keys
+      are not: they have no gradient, and no mean. Names it.
     DesyncError: if the mesh lies over several processes, and they differ in it
       or in the structure of parameters or state; on all of them.
     MissingProcessError: if one of them does not call this in time.
@@ -84,6 +87,7 @@ def init(
     (4, 3)
   """
   _check_workers(mesh, workers, axis, specs)
+  exchanged_leaves(params, 'params')
   tx = lifting.lifted(tx, axis)
 
   def worker_init(params):

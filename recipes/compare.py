@@ -13,7 +13,6 @@ cores, all methods with five seeds about an hour.
 import contextlib
 import dataclasses
 import json
-import math
 import shlex
 import signal
 import sys
@@ -187,17 +186,15 @@ def train_all(
           )
 
           def watch(line, task=task):
-            loss = math.nan if line['loss'] is None else line['loss']
-            progress.update(
-              task, completed=line['step'], words=f'loss {loss:.3f}'
-            )
+            words = f'loss {line["loss"]:.3f}'
+            progress.update(task, completed=line['step'], words=words)
             return interrupt.asked
 
           run = lm.train(config.run(seed), name, data, watch=watch)
           progress.remove_task(task)
           if len(run.lines) < config.steps:
             return None
-          record.replace(path, json.dumps(compared.kept(run)) + '\n')
+          record.replace(path, record.as_line(compared.kept(run)))
           console.print(
             f'{name}, seed {seed}: {run.val_loss:.4f}', highlight=False
           )

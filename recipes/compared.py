@@ -82,7 +82,7 @@ class Compared:
     return cls(
       name,
       np.array(runs[0]['steps']),
-      np.array([run['losses'] for run in runs]),
+      np.array([run['losses'] for run in runs], float),  # None becomes NaN.
       traffic,
       {rate: seconds(rate) for rate in mbits},
       max(run['skipped'] for run in runs),
@@ -198,11 +198,7 @@ def write(folder: Path, found: list[Compared], facts: dict[str, Any]) -> None:
     'settings': facts,
     'methods': {
       each.name: {
-        # JSON has no NaN.
-        'losses': [
-          [x if math.isfinite(x) else None for x in row]
-          for row in each.losses.tolist()
-        ],
+        'losses': record.plain(each.losses.tolist()),
         'steps': each.steps.tolist(),
         'bytes_a_step': each.bytes_a_step,
         'peak_bytes': each.peak_bytes,

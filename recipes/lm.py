@@ -239,12 +239,10 @@ def train(
     began = time.perf_counter()
     state, metrics = step_fn(state, place.put(batches[index]))
     metrics = multihost_utils.process_allgather(metrics, tiled=True)
-    loss = float(np.mean(metrics['loss']))
     line = {
       'run': name,
       'step': index + 1,
-      # JSON has no NaN; such a step is skipped by all workers together.
-      'loss': loss if math.isfinite(loss) else None,
+      'loss': float(np.mean(metrics['loss'])),
       'bytes_sent': round((index + 1) * traffic.bytes_a_step),
       'step_seconds': time.perf_counter() - began,
       'skipped': int(np.max(metrics['skipped'])),
@@ -317,8 +315,7 @@ def compare(
     )
 
     def watch(line, name=name, task=task):
-      loss = math.nan if line['loss'] is None else line['loss']
-      words = f'loss {loss:.3f}, {report.size(line["bytes_sent"])} sent'
+      words = f'loss {line["loss"]:.3f}, {report.size(line["bytes_sent"])} sent'
       progress.update(task, completed=line['step'], words=words)
       if 'val_loss' in line:
         console.print(
@@ -400,7 +397,8 @@ def main() -> None:
       decisive = settings(config, data)
       folder.check(decisive, config.resume, config.overwrite)
     except ValueError as error:
-      sys.exit(f'lm.py: {error}')
+      print(f'lm.py: {error}', file=sys.stderr)
+      sys.exit(2)  # As a wrong option does: there is no use in trying again.
     # All have looked into the folder before one writes to it, and it has
     # before the others go on.
     jd.assert_same('the settings of lm.py', decisive)

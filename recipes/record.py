@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import statistics
@@ -52,7 +53,7 @@ class Folder:
 
   ========================  ==============================================
   ``settings.json``         the configuration, and what it resolved to
-  ``metrics.jsonl``         one line a step
+  ``metrics.jsonl``         one line a step; null is no finite number
   ``checkpoints/METHOD/``   the training state
   ``METHOD.traffic.json``   what the compiled step sends
   ``report.html``           plots and a table
@@ -160,7 +161,7 @@ class Folder:
       return []
     # A crash may have cut the last line off.
     whole = self.metrics.read_text().rpartition('\n')[0]
-    lines = map(json.loads, whole.splitlines())
+    lines = map(from_line, whole.splitlines())
     return [line for line in lines if name in (None, line['run'])]
 
   def _traffic(self, name: str) -> Path:
@@ -224,7 +225,23 @@ class Folder:
 
 
 def as_line(line: dict[str, Any]) -> str:
-  return json.dumps(line) + '\n'
+  return json.dumps(plain(line), allow_nan=False) + '\n'
+
+
+def from_line(text: str) -> dict[str, Any]:
+  """The inverse of :func:`as_line`; what was no finite number is NaN."""
+  found = json.loads(text)
+  return {k: math.nan if v is None else v for k, v in found.items()}
+
+
+def plain(value: Any) -> Any:
+  """For JSON, which has no NaN: None in the place of what is not finite."""
+  if isinstance(value, dict):
+    return {k: plain(v) for k, v in value.items()}
+  if isinstance(value, list):
+    return list(map(plain, value))
+  is_number = not isinstance(value, float) or math.isfinite(value)
+  return value if is_number else None
 
 
 def replace(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 import html
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -132,9 +131,10 @@ def collectives(run: Run) -> dict[str, tuple[int, float]]:
   return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
-def smooth(losses: list[float | None], width: int) -> np.ndarray:
+def smooth(losses: list[float], width: int) -> np.ndarray:
   """Running means over ``width`` steps; a skipped step's loss is missing."""
-  values = np.array([math.nan if x is None else x for x in losses])
+  values = np.array(losses)
+  values[~np.isfinite(values)] = np.nan
   return np.array(
     [
       np.nan if np.isnan(part).all() else np.nanmean(part)

@@ -18,6 +18,7 @@ def unchecked(function):
 
 MEAN = jd.mean('data')
 TOP_K = jd.mean('data', jd.top_k(0.1))
+LATE = jd.mean('data', delay=1)
 PARAMS = {'w': jnp.ones(3)}
 
 
@@ -122,6 +123,19 @@ AT_CONSTRUCTION = [
     r"share one axis, got \['data', 'model'\]",
   ),
   (lambda: jd.staged([MEAN, jd.gossip('data')], [1]), r'must all agree'),
+  *(
+    (lambda make=make: make(0.1, LATE), r'without delay=1: .*delay=1\)')
+    for make in (
+      jd.masha1,
+      jd.masha2,
+      lambda rate, c: jd.scallion(rate, c, every=2),
+      lambda rate, c: jd.scafcom(rate, jd.staged([MEAN, c], [1]), every=2),
+    )
+  ),
+  (
+    lambda: jd.scallion(0.1, jd.mean('data', jd.ternary()), every=2),
+    r"encode once .*ternary.* may take 'two_shot'. Use method='gather'",
+  ),
   (lambda: jd.dgc(jd.gossip('data')), r'same result'),
   (lambda: jd.dgc(TOP_K, momentum=1.0), r'momentum must be .* got 1\.0'),
   (lambda: jd.dgc(TOP_K, max_norm=0.0), r'max_norm must be .* got 0\.0'),

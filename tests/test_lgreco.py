@@ -27,6 +27,8 @@ def two_shot(k):
 
 SPARSE = {k: two_shot(k) for k in (4, 16, 64)}
 LOW_RANK = {r: jd.low_rank_mean(public.AXIS, r) for r in (1, 2, 4)}
+# 16 columns would make none of these leaves smaller.
+LARGE_RANK = {r: jd.low_rank_mean(public.AXIS, r) for r in (4, 8, 16)}
 
 
 def total(x, choice):
@@ -151,6 +153,7 @@ def made(levels, labels):
   [
     (SPARSE, {'w': 4, 'v': 64}, {'w': 64, 'v': 4}),
     (LOW_RANK, {'w': 4, 'v': 1}, {'w': 2, 'v': 4}),
+    (LARGE_RANK, {'w': 16, 'v': 8}, {'w': 4, 'v': 16}),
   ],
 )
 def test_another_choice_loses_nothing(levels, first, then, tmp_path):

@@ -3,6 +3,7 @@
 import collections
 import functools
 import random
+import tracemalloc
 
 import hypothesis
 import jax
@@ -245,6 +246,26 @@ def test_bombs_are_refused_before_memory_is_allocated():
       jd.UnpackError, match=r'cannot hold the declared|no arr'
     ):
       jd.unpack(seal(forged))
+
+
+@pytest.mark.parametrize(
+  ('tree', 'limit'),
+  [
+    # One key of 100 kB, which the names of a thousand leaves would repeat.
+    ({'k' * 100_000: [np.zeros(0)] * 1000}, 2**21),
+    # As float32, four times the four MB that they are.
+    (np.zeros(2**22, jnp.int4), 3 * 2**22),
+  ],
+)
+def test_small_messages_take_little_memory(tree, limit):
+  data = jd.pack(tree)
+  jd.unpack(data)  # What is made once is not counted.
+  tracemalloc.start()
+  try:
+    jd.unpack(data)
+    assert tracemalloc.get_traced_memory()[1] < limit
+  finally:
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize('count', [0, 2])

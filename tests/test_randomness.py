@@ -72,6 +72,33 @@ def test_random_k_draws_columns_for_each_exchange_and_bucket():
   assert len(different) == TIMES * BUCKETS
 
 
+def test_draws_of_members_of_one_seed():
+  """Labels of a partition, and leaves of one level."""
+  names = 'abcd'
+  labels = dict(zip(names, names, strict=True))
+  whole = jd.mean(public.AXIS, DRAWN, 'gather')
+  columns = jd.mean(public.AXIS, jd.random_k(0.25, block_size=BLOCK))
+  parts = {
+    'partition': jd.partition(dict.fromkeys(names, whole), labels),
+    'per_leaf': jd.per_leaf({'a': whole}, dict.fromkeys(names, 'a')),
+    'columns': jd.per_leaf({'a': columns}, dict.fromkeys(names, 'a')),
+  }
+
+  def run(x):
+    tree = dict.fromkeys(names, x)
+    return {
+      name: each.exchange(tree, each.init(tree))[1]
+      for name, each in parts.items()
+    }
+
+  sent = jax.jit(jax.vmap(run, axis_name=public.AXIS))(SAME)
+  stacked = {k: np.stack([v[n] for n in names]) for k, v in sent.items()}
+  for name in ('partition', 'per_leaf'):
+    assert_independent(stacked[name] - SAME[0], axis=0)
+  drawn = stacked['columns'][:, 0, :BLOCK] != 0
+  assert len(np.unique(drawn, axis=0)) == len(names)
+
+
 @pytest.mark.parametrize('topology', ['ring', 'one_peer_exponential'])
 def test_draws_of_gossip(topology):
   """What a worker first tells, at different counts of rounds."""

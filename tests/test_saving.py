@@ -230,6 +230,9 @@ jd.assert_in_sync(state)
 jd.save(directory, 1, state)
 with jd.Saver(directory) as saver:
   saver.save(2, state)
+from jaxdist.checkpoint import loading
+if rank == '1':
+  loading.checkpoints = lambda _: {}  # As a network file system may list it.
 restored = jd.restore(directory, state)
 jax.tree.map(lambda x, y: np.testing.assert_array_equal(
   *(jax.experimental.multihost_utils.process_allgather(z, tiled=True)

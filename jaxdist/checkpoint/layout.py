@@ -99,6 +99,12 @@ def checkpoints(directory: str | os.PathLike) -> dict[int, Any]:
   return {step.step: step.path for step in steps}
 
 
+def checkpoint_path(directory: str | os.PathLike, step: int) -> Any:
+  """Where the checkpoint of a step lies, if there is one."""
+  name = ocp.path.step.standard_name_format().build_name(step)
+  return ocp.path.Path(absolute(directory)) / name
+
+
 def check_there(
   directory: str | os.PathLike, paths: dict[int, Any], step: int | None
 ) -> None:
@@ -153,17 +159,20 @@ def make_record(leaves: list[dict], metadata: dict[str, Any]) -> dict[str, Any]:
   return record | {'digest': _digest(record)}
 
 
+def system_numbers(error: BaseException) -> list[int]:
+  """The system's error numbers, which TensorStore has in its words only."""
+  return [int(x) for x in re.findall(r"os_error_code='(\d+)'", str(error))]
+
+
 def raise_if_refused(error: BaseException, path: os.PathLike) -> None:
   """Raises if the file system refused to read: that is no damage.
-
-  TensorStore has the system's number in its words only.
 
   Raises:
     OSError: with that number.
   """
   cause = error
   while cause is not None:
-    for number in map(int, re.findall(r"os_error_code='(\d+)'", str(cause))):
+    for number in system_numbers(cause):
       if number not in (errno.ENOENT, errno.ENOTDIR):
         raise OSError(
           number, f'{path} cannot be read: {os.strerror(number)}.'

@@ -19,12 +19,14 @@ from jaxdist.checkpoint.layout import (
   CorruptCheckpointError,
   absolute,
   check_there,
+  checkpoint_path,
   checkpoints,
   context,
   raise_if_refused,
   read_record,
   without_pages,
 )
+from jaxdist.hosts import agreement
 from jaxdist.keys import is_key, key_impl
 from jaxdist.resize import (
   LeafSpec,
@@ -49,13 +51,15 @@ def restore(
   like: Any,
   *,
   step: SupportsIndex | None = None,
+  reset_residuals: bool = False,
 ) -> Any:
   """Reads a state, bit for bit, and places it as it is asked for.
 
   Where ``like`` is of another number of workers than the checkpoint, per-worker
   leaves become what their ``resize`` says; see :func:`jaxdist.resize`. These
   leaves, and only these, pass through host memory whole, a few at a time. In a
-  run of several processes all of them must call it.
+  run of several processes all of them must call it; which checkpoints there
+  are, the first of them says.
 
   All that is read is compared with the digests in the checkpoint: a bit that
   flipped in a file, or a file that was cut off or removed, is found. Where no
@@ -69,6 +73,8 @@ def restore(
       structure, shapes, dtypes and shardings. Without a sharding, a leaf comes
       uncommitted on the default device.
     step: which checkpoint; ``None`` is the newest that is whole.
+    reset_residuals: whether to forget residuals that are not finite, with a
+      warning, instead of refusing them. What they held back is lost.
 
   Returns:
     The state, with the structure of ``like``.
@@ -81,10 +87,13 @@ def restore(
     ValueError: if the checkpoint is of another state: a leaf is only in one of
       the two, or has another shape or dtype, or is of another number of workers
       and has ``resize=None``. Names the leaf. Also if it was written by an
-      older jaxdist, without digests.
+      older jaxdist, without digests, or holds residuals that are not finite:
+      every step from there on would be skipped.
+    MissingProcessError: if another process does not call this in time.
 
   Warns:
     CorruptCheckpointWarning: if an older checkpoint was restored.
+    UserWarning: naming residuals that were forgotten.
 
   Examples:
     >>> import tempfile
@@ -96,7 +105,7 @@ def restore(
     ...   jd.restore(directory, jd.PerWorker(jnp.zeros(1))).value
     Array([2.], dtype=float32)
   """
-  paths = checkpoints(directory)
+  paths = _listed(directory)
   if step is not None:
     step = operator.index(step)
   steps = sorted(paths, reverse=True) if step is None else [step]
@@ -104,7 +113,7 @@ def restore(
   errors = []
   for step in steps:
     try:
-      state = _read(paths[step], like)
+      state, forgotten = _read(paths[step], like, reset_residuals)
       break
     except CorruptCheckpointError as error:
       errors.append(error)
@@ -122,11 +131,34 @@ def restore(
       CorruptCheckpointWarning,
       stacklevel=2,
     )
+  if forgotten:
+    warnings.warn(
+      f'{paths[step]}: {", ".join(forgotten)} are not finite and begin anew '
+      f'from zero.',
+      stacklevel=2,
+    )
   return state
 
 
-def _read(path, like):
-  """The state in one checkpoint."""
+def _listed(directory):
+  """The checkpoints that the first process sees; others may see an older list.
+
+  Network file systems keep listings for a while.
+  """
+  if jax.process_count() == 1:
+    return checkpoints(directory)
+  mine = sorted(checkpoints(directory)) if jax.process_index() == 0 else None
+  steps = agreement.decide(
+    'the checkpoints to restore',
+    mine,
+    lambda said: said[0],
+    range(jax.process_count()),
+  )
+  return {step: checkpoint_path(directory, step) for step in steps}
+
+
+def _read(path, like, reset_residuals):
+  """The state in one checkpoint, and the residuals in it that are forgotten."""
   record = integrity.together(lambda: read_record(path))
   specs = {leaf['path']: _spec(leaf) for leaf in record['leaves']}
   seals = {
@@ -155,9 +187,35 @@ def _read(path, like):
     values = _load_checked(path, targets, seals)
     for leaf in batch:
       restored[leaf.name] = _finish(values.pop(leaf.name), leaf)
-  return jax.tree.unflatten(
+  bad = _not_finite([leaf for leaf in leaves if leaf.is_residual], restored)
+  if bad and not reset_residuals:
+    raise ValueError(
+      f'{path} holds residuals that are not finite, {bad[0].name} among them: '
+      f'every step would be skipped. Restore an older step, or forget them by '
+      f'reset_residuals=True.'
+    )
+  for leaf in bad:
+    zeros = np.zeros(np.shape(leaf.value), leaf.value.dtype)
+    restored[leaf.name] = placed(zeros, leaf.value)
+  state = jax.tree.unflatten(
     jax.tree.structure(like), [restored[leaf.name] for leaf in leaves]
   )
+  return state, [leaf.name for leaf in bad]
+
+
+def _not_finite(leaves, values):
+  """Those leaves that are not finite on any process."""
+
+  def is_bad(x):
+    parts = [x]
+    if isinstance(x, jax.Array):
+      parts = [part.data for part in x.addressable_shards]
+    return not all(np.isfinite(np.asarray(part)).all() for part in parts)
+
+  flags = np.array([is_bad(values[leaf.name]) for leaf in leaves], bool)
+  if jax.process_count() > 1 and leaves:
+    flags = multihost_utils.process_allgather(flags).any(axis=0)  # the wire
+  return [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
 
 
 def _spec(leaf):

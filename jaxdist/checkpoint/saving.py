@@ -4,7 +4,6 @@ import contextlib
 import json
 import operator
 import os
-import re
 from typing import Any, NamedTuple, SupportsIndex
 
 import jax
@@ -20,6 +19,7 @@ from jaxdist.checkpoint.layout import (
   context,
   latest_step,
   make_record,
+  system_numbers,
   without_pages,
 )
 from jaxdist.keys import is_key
@@ -209,9 +209,7 @@ def _named_errors(directory, step):
   try:
     yield
   except (OSError, ValueError) as error:
-    # TensorStore has the number in its words only.
-    in_words = re.search(r"os_error_code='(\d+)'", str(error))
-    number = int(in_words[1]) if in_words else getattr(error, 'errno', None)
+    number = next(iter(system_numbers(error)), getattr(error, 'errno', None))
     if number is None:
       raise
     raise OSError(

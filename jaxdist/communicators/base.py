@@ -39,6 +39,8 @@ class Communicator:
     unbiased: whether every code in it is unbiased.
     agrees: whether ``result`` is the same on all workers.
     late: whether ``result`` is of what was handed in one exchange ago.
+    encodes_twice: whether, for some number of workers, a mean is encoded again
+      before it reaches all.
     uncompressed: makes what sends float32 in its place, between the same
       workers and by the same ways; None where that is ``jd.mean(axis)``.
   """
@@ -52,6 +54,7 @@ class Communicator:
   unbiased: bool = True
   agrees: bool = True
   late: bool = False
+  encodes_twice: bool = False
   uncompressed: 'Callable[[], Communicator] | None' = None
 
   def __repr__(self) -> str:
@@ -189,6 +192,7 @@ def over_leaves(
   unbiased: bool,
   agrees: bool = True,
   late: bool = False,
+  encodes_twice: bool = False,
   uncompressed: Callable[[], Communicator] | None = None,
 ) -> Communicator:
   """Makes a communicator from functions on a list of float32 leaves.
@@ -210,6 +214,7 @@ def over_leaves(
     agrees: see :class:`Communicator`.
     late: see :class:`Communicator`; a result that a narrow dtype has no room
       for would be so each time, and is cut to its range.
+    encodes_twice: see :class:`Communicator`.
     uncompressed: see :class:`Communicator`.
 
   Returns:
@@ -274,5 +279,6 @@ def over_leaves(
     unbiased=unbiased,
     agrees=agrees,
     late=late,
+    encodes_twice=encodes_twice,
     uncompressed=uncompressed,
   )

@@ -20,6 +20,10 @@ _parts_along: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
   'axes over which a worker is cut', default=frozenset()
 )
 
+_members: contextvars.ContextVar[tuple[int, ...]] = contextvars.ContextVar(
+  'which parts of a tree an exchange is for', default=()
+)
+
 
 def axis_size(axis: Axis) -> int:
   """The number of workers along an axis, or several.
@@ -58,6 +62,33 @@ def differs_along(x: Any, axis: Axis) -> list[str]:
   """The axes of the workers along which ``x`` is not known to be the same."""
   varying = compat.varying_axes(x)
   return [name for name in axis_names(axis) if name in varying]
+
+
+def exchange_key(seed: int, count: jax.Array) -> jax.Array:
+  """The key that all workers share in an exchange, and in no other.
+
+  Args:
+    seed: the communicator's.
+    count: its exchanges so far.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), count)
+  for index in _members.get():
+    key = jax.random.fold_in(key, index)
+  return key
+
+
+@contextlib.contextmanager
+def member(index: int) -> Iterator[None]:
+  """Gives one of several exchanges of equal seed and count a key of its own.
+
+  Args:
+    index: of the part of a tree that what is traced inside exchanges.
+  """
+  token = _members.set((*_members.get(), index))
+  try:
+    yield
+  finally:
+    _members.reset(token)
 
 
 def shard_key(key: jax.Array, x: jax.Array, axis: str) -> jax.Array:

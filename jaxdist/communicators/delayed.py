@@ -145,6 +145,7 @@ def delayed(rounds: Rounds, name: str, coded: bool) -> base.Communicator:
     contraction=rounds.code.contraction,
     unbiased=rounds.code.unbiased,
     late=True,
+    encodes_twice=rounds.encodes_twice,
   )
 
 

@@ -135,7 +135,7 @@ def gossip(
       [leaf.size for leaf in leaves], sum(leaf.size for leaf in leaves)
     )
     x = buckets.to_blocks(leaves, plan[0], *matrix_shape(leaves))
-    key = jax.random.fold_in(jax.random.key(seed), state.count)
+    key = collectives.exchange_key(seed, state.count)
     key = collectives.shard_key(key, x, axis)
     shared_key, own_key = jax.random.split(key)
     own_key = jax.random.fold_in(own_key, jax.lax.axis_index(axis))

@@ -154,6 +154,7 @@ def hierarchical(
     contraction=slow.contraction,
     unbiased=slow.unbiased,
     late=slow.late,
+    encodes_twice=slow.encodes_twice,
     uncompressed=lambda: hierarchical(mean(fast.axis), mean(slow.axis)),
   )
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jaxdist.communicators import base, checks
+from jaxdist.communicators import base, checks, collectives
 from jaxdist.kernels.orthonormalize.api import orthonormalize
 
 
@@ -16,8 +16,8 @@ class LowRankMeanState(NamedTuple):
 
   Attributes:
     count: exchanges so far; seeds fresh columns.
-    bases: for each factored leaf the right factor of the last exchange, from
-      which the next power iteration starts.
+    bases: for each leaf the right factor of the last exchange, from which the
+      next power iteration starts; of no columns where it is not factored.
   """
 
   count: Int32[Array, '']
@@ -69,10 +69,9 @@ def low_rank_mean(axis: str, rank: int, *, seed: int = 0) -> base.Communicator:
 
   def init(shapes, feedback):
     del feedback  # One linear encoding: the caller's residual has it all.
+    columns = lambda s: rank if _is_factored(s, rank) else 0
     zeros = [
-      jnp.zeros((_matrix_shape(s)[1], rank), jnp.float32)
-      for s in shapes
-      if _is_factored(s, rank)
+      jnp.zeros((_matrix_shape(s)[1], columns(s)), jnp.float32) for s in shapes
     ]
     return LowRankMeanState(jnp.zeros((), jnp.int32), zeros)
 
@@ -88,11 +87,16 @@ def low_rank_mean(axis: str, rank: int, *, seed: int = 0) -> base.Communicator:
       for leaf, is_factored in zip(leaves, factored, strict=True)
       if not is_factored
     ]
-    key = jax.random.fold_in(jax.random.key(seed), state.count)
+    key = collectives.exchange_key(seed, state.count)
     keys = jax.random.split(key, max(1, len(matrices)))
     # A state of a larger rank will do: see per_leaf.
-    starts = map(_with_fresh_columns, [q[:, :rank] for q in state.bases], keys)
-    products = [m @ q for m, q in zip(matrices, starts, strict=False)]
+    starts = [
+      q[:, :rank]
+      for q, is_factored in zip(state.bases, factored, strict=True)
+      if is_factored
+    ]
+    starts = map(_with_fresh_columns, starts, keys)
+    products = [m @ q for m, q in zip(matrices, starts, strict=True)]
 
     *products, means = _fused_mean([*products, whole], axis)  # the wire
     left = [orthonormalize(p) for p in products]
@@ -107,8 +111,11 @@ def low_rank_mean(axis: str, rank: int, *, seed: int = 0) -> base.Communicator:
         for leaf, is_factored in zip(leaves, factored, strict=True)
       ]
 
-    room = [((0, 0), (0, q.shape[1] - rank)) for q in state.bases]
-    bases = list(map(jnp.pad, right, room))
+    rights = iter(right)
+    bases = [
+      _widened(next(rights), q.shape[1]) if is_factored else q
+      for q, is_factored in zip(state.bases, factored, strict=True)
+    ]
     state = LowRankMeanState(state.count + 1, bases)
     return merged(right, means), merged(own, whole), state
 
@@ -147,6 +154,11 @@ def _with_fresh_columns(q, key):
   """Replaces columns without direction, as all are at the first exchange."""
   vanished = jnp.sum(q * q, axis=0) == 0
   return jnp.where(vanished, jax.random.normal(key, q.shape), q)
+
+
+def _widened(q, columns):
+  """A base with room for more columns, which vanish."""
+  return jnp.pad(q, ((0, 0), (0, columns - q.shape[1])))
 
 
 def _fused_mean(tree, axis):

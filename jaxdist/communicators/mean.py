@@ -134,6 +134,7 @@ def mean(
     alone,
     contraction=code.contraction,
     unbiased=code.unbiased,
+    encodes_twice=rounds.encodes_twice,
   )
 
 

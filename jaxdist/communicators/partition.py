@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxdist.communicators import base
+from jaxdist.communicators import base, collectives
 
 
 def partition(
@@ -15,9 +15,8 @@ def partition(
   """Sends each leaf through the communicator that its label names.
 
   Norms and biases are few numbers that lossy codes hurt: send them whole. Codes
-  that draw random numbers draw the same for two labels whose communicators have
-  the same seed: give them different ones.
-  **On the wire:** the sum of what the communicators send.
+  that draw random numbers draw others for each label, also where seeds are the
+  same. **On the wire:** the sum of what the communicators send.
 
   Args:
     communicators: a communicator for each label. It sees the whole tree, with
@@ -76,13 +75,14 @@ def partition(
     }
 
   def exchange(tree, state):
-    done = [
-      (k, *communicators[k].exchange(part, state[k]))
-      for k, part in split(tree).items()
-    ]
-    names, results, sents, states = zip(*done, strict=True)
-    new_state = dict(zip(names, states, strict=True))
-    return merge(results), merge(sents), new_state
+    done = {}
+    for label, part in split(tree).items():
+      with collectives.member(sorted(communicators).index(label)):
+        done[label] = communicators[label].exchange(part, state[label])
+    results, sents, states = (
+      {label: out[i] for label, out in done.items()} for i in range(3)
+    )
+    return merge(results.values()), merge(sents.values()), states
 
   def bytes_sent(tree, workers):
     return sum(
@@ -100,5 +100,6 @@ def partition(
     unbiased=all(c.unbiased for c in communicators.values()),
     agrees=one.agrees,
     late=any(c.late for c in communicators.values()),
+    encodes_twice=any(c.encodes_twice for c in communicators.values()),
     uncompressed=one.uncompressed,
   )

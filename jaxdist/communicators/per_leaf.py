@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxdist import state as worker_state
-from jaxdist.communicators import base
+from jaxdist.communicators import base, collectives
 
 
 def per_leaf(
@@ -29,8 +29,7 @@ def per_leaf(
   Args:
     levels: a communicator for each label.
     labels: a tree of labels, shaped like the updates, or a function from the
-      updates to such a tree. Codes that draw random numbers draw the same for
-      all leaves of a level.
+      updates to such a tree.
 
   Returns:
     A :class:`Communicator`.
@@ -71,10 +70,11 @@ def per_leaf(
 
   def exchange(tree, state):
     leaves, chosen, treedef = leveled(tree)
-    done = [
-      level.exchange([leaf], kept)
-      for leaf, level, kept in zip(leaves, chosen, state, strict=True)
-    ]
+    done = []
+    together = zip(leaves, chosen, state, strict=True)
+    for index, (leaf, level, kept) in enumerate(together):
+      with collectives.member(index):  # Each draws for itself.
+        done.append(level.exchange([leaf], kept))
     result, sent = (
       treedef.unflatten([trees[i][0] for trees in done]) for i in range(2)
     )
@@ -97,6 +97,7 @@ def per_leaf(
     unbiased=all(c.unbiased for c in levels.values()),
     agrees=one.agrees,
     late=any(c.late for c in levels.values()),
+    encodes_twice=any(c.encodes_twice for c in levels.values()),
     uncompressed=one.uncompressed,
   )
 

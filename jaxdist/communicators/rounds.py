@@ -192,7 +192,7 @@ class Rounds:
 
   def _draws(self, count, bucket, x):
     """The code with what all share, and keys of this worker's two encodings."""
-    key = jax.random.fold_in(jax.random.key(self.seed), count)
+    key = collectives.exchange_key(self.seed, count)
     key = jax.random.fold_in(key, bucket)
     key = collectives.shard_key(key, x, self.axis)
     shared_key, own_key = jax.random.split(key)

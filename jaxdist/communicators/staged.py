@@ -120,6 +120,8 @@ def staged(
     contraction=min(c.contraction for c in communicators),
     unbiased=all(c.unbiased for c in communicators),
     agrees=communicators[0].agrees,
+    late=any(c.late for c in communicators),
+    encodes_twice=any(c.encodes_twice for c in communicators),
     uncompressed=communicators[0].uncompressed,
   )
 

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from jaxdist.hosts.world import LAUNCHED, TIMEOUT
 
 _POLL_SECONDS = 0.02
+# Of argparse, tyro and shells: the command line was wrong, and stays so.
+_USAGE_ERROR = 2
 # After one has failed, for the others to say what they saw of it.
 _LAST_WORDS_SECONDS = 2.0
 
@@ -31,7 +33,9 @@ def run(
     command: what each runs.
     processes: how many.
     timeout: what :func:`jaxdist.initialize` in them is told, in seconds.
-    restarts: how often to begin anew after a failure.
+    restarts: how often to begin anew after a failure. Exit status 2 is none:
+      by convention it says that the command line was refused, and it would be
+      again.
 
   Returns:
     The exit status: 0 if all processes ended well, 130 if they were asked to
@@ -46,7 +50,7 @@ def run(
         world.kill()
       if code is None:
         return 128 + signal.SIGINT if signal.SIGINT in signals.seen else 0
-      if signals.seen:
+      if signals.seen or code == _USAGE_ERROR:
         break
       if restart < restarts:
         _say(f'restart {restart + 1} of {restarts}')

@@ -39,8 +39,9 @@ class World(NamedTuple):
   Attributes:
     process: which of them this is, from 0.
     processes: how many there are.
-    restarts: how often :mod:`jaxdist.launch` has begun anew after a failure, or
-      Slurm has requeued the job; if not 0, go on from the last checkpoint.
+    restarts: how often :mod:`jaxdist.launch` has begun anew after a failure,
+      and Slurm has requeued the job, together; if not 0, go on from the last
+      checkpoint.
   """
 
   process: int = 0
@@ -120,7 +121,8 @@ def initialize(
   )
   if None in member[:3] and (launched := os.environ.get(LAUNCHED)):
     address, *numbers = launched.split()
-    count, index, restarts = map(int, numbers)
+    count, index, begun_anew = map(int, numbers)
+    restarts += begun_anew
     member = _Member(address, count, index, local_device_ids)
     _end_with_launcher()
   elif None in member[:3]:

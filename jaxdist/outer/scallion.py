@@ -95,7 +95,8 @@ def scallion(
 
   Raises:
     ValueError: if an option is out of range, workers would get different
-      results, or the code is biased.
+      results or late ones, the code is biased, or it does not contract and may
+      be encoded twice, as with ``'auto'``.
 
   Examples:
     A hundred clients on one device, of which ten take part in a round:
@@ -177,7 +178,7 @@ def scafcom(
 
   Raises:
     ValueError: if an option is out of range, workers would get different
-      results, or the code does not contract.
+      results or late ones, or the code does not contract.
 
   Examples:
     >>> import jaxdist as jd
@@ -215,6 +216,16 @@ def _controlled(
 ):
   """Both: SCALLION has no momentum, SCAFCOM no scale."""
   base.check_communicator(communicator, agrees=True)
+  base.check_prompt(communicator)
+  # Controls add up all that was ever sent: what a second encoding drops must
+  # come later, or one worker's own sum would have for good what the mean has
+  # not.
+  contracts = communicator.contraction >= 0
+  if communicator.encodes_twice and not contracts:
+    raise ValueError(
+      f'communicator must encode once where its code does not contract, and '
+      f"{communicator!r} may take 'two_shot'. Use method='gather' or 'psum'."
+    )
   base.check_steps('every', every, 1)
   check_participation(participation)
   if not server_learning_rate > 0:
@@ -235,7 +246,7 @@ def _controlled(
       zeros,
       zeros if beta < 1 else PerWorker(None),
       zeros,
-      _init(communicator, params),
+      communicator.init(params, feedback=contracts),
       jnp.zeros((), jnp.int32),
       jnp.zeros((), jnp.int32),
     )
@@ -309,21 +320,3 @@ def _controlled(
     takes_part = lambda state: drawn(state.count) > 0
   meeting = Meeting(axis, init, meet, takes_part=takes_part, direct=direct)
   return local_steps(optax.sgd(1.0), meeting, every)
-
-
-def _init(communicator, params):
-  """The communicator's state; what a second encoding drops must come later.
-
-  Controls add up all that was ever sent: what one worker's own sum does not
-  have, and the mean has, would stay.
-  """
-  once = communicator.init(params, feedback=False)
-  twice = communicator.init(params, feedback=True)
-  if communicator.contraction >= 0:
-    return twice
-  if jax.tree.structure(once) != jax.tree.structure(twice):
-    raise ValueError(
-      f'communicator must encode once where its code does not contract: '
-      f"{communicator!r} may take 'two_shot'. Use method='gather' or 'psum'."
-    )
-  return once

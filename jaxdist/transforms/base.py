@@ -114,6 +114,15 @@ def check_communicator(communicator: Communicator, *, agrees: bool) -> None:
     )
 
 
+def check_prompt(communicator: Communicator) -> None:
+  """Raises if a communicator's result is of the exchange before."""
+  if communicator.late:
+    raise ValueError(
+      f'communicator must give the mean of what is handed to it, without '
+      f'delay=1: what others know would lag behind; got {communicator!r}.'
+    )
+
+
 def check_adam(b1: float, b2: float, eps: float) -> None:
   """Raises if Adam's constants are out of range."""
   for name, value in (('b1', b1), ('b2', b2)):

@@ -97,7 +97,7 @@ def masha1(
 
   Raises:
     ValueError: if an option is out of range, workers would get different
-      results, or the code is biased.
+      results or late ones, or the code is biased.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -164,7 +164,7 @@ def masha2(
 
   Raises:
     ValueError: if an option is out of range, workers would get different
-      results, or the code does not contract.
+      results or late ones, or the code does not contract.
 
   Examples:
     >>> import jaxdist as jd
@@ -180,6 +180,7 @@ def masha2(
 
 def _masha(learning_rate, communicator, keep, seed, feedback):
   base.check_communicator(communicator, agrees=True)
+  base.check_prompt(communicator)
   if not 0 <= keep < 1:
     raise ValueError(f'keep must be in [0, 1), got {keep}.')
   seed = checks.seed(seed)

@@ -34,6 +34,8 @@ if what == 'once' and restarts == '0':
   if rank == '1':
     sys.exit(7)
   time.sleep(1000)
+if what == 'refused' and rank == '0':
+  sys.exit(2)
 if what == 'crash':
   if rank == '2':
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -86,6 +88,13 @@ def test_failed_world_begins_anew_as_often_as_allowed(launch):
   assert 'process 1 failed with exit status 7' in err
   assert 'restart 1 of 2' in err and 'restart 2' not in err
   assert launch('once')[0] == 7
+
+
+def test_refused_arguments_are_no_reason_to_restart(launch):
+  code, out, err, _ = launch('refused', restarts=3)
+  assert code == 2
+  assert out == 'hello 0 0\n'
+  assert 'failed with exit status 2' in err and 'restart' not in err
 
 
 def test_crash_ends_also_who_stands_still(launch):

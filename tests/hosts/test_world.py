@@ -97,6 +97,9 @@ def test_launcher_tells(joined, monkeypatch):
   assert joined['heartbeat_timeout_seconds'] == 8
   monkeypatch.setenv('JAXDIST_LAUNCHED', '127.0.0.1:81 1 0 2')
   assert jd.initialize() == jd.World(0, 1, 2)
+  # The launcher in a job that Slurm has begun anew: both count.
+  monkeypatch.setenv('SLURM_RESTART_COUNT', '3')
+  assert jd.initialize() == jd.World(0, 1, 5)
 
 
 def test_slurm_tells(joined, monkeypatch):

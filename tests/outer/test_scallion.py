@@ -196,6 +196,5 @@ def test_bad_options_are_refused(make, message):
 
 def test_second_encoding_that_would_add_up_is_refused():
   code = jd.random_k(0.25, block_size=128, unbiased=True)
-  tx = jd.scallion(0.1, jd.mean(public.AXIS, code, 'two_shot'), 1)
   with pytest.raises(ValueError, match="may take 'two_shot'"):
-    walk(tx, gradients(1))
+    jd.scallion(0.1, jd.mean(public.AXIS, code, 'two_shot'), 1)

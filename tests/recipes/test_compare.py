@@ -101,6 +101,7 @@ def test_runs_are_made_once_and_more_can_be_asked_for(command, tmp_path):
   numbers = json.loads((tmp_path / 'out/results.json').read_text())['methods']
   assert numbers['diloco']['losses'] == [[3.85, 3.35], [4.85, 4.35]]
   assert numbers['co2']['losses'][1] == [4.95, None]
+  assert 'NaN' not in (tmp_path / 'out/runs/co2.1.json').read_text()
   assert numbers['diloco']['bytes_a_step'] == 20
   assert numbers['diloco']['peak_bytes'] == 80
   # 1000 bytes at 100 Mbit/s beside a millisecond of compute at half rate.

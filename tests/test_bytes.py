@@ -44,9 +44,14 @@ def test_claimed_bytes_are_compiled_bytes(name, workers, make_mesh):
   assert {row.axis for row in traffic.rows} == {public.AXIS}
 
 
-@pytest.mark.parametrize('method', ['gather', 'two_shot'])
+# What is gathered is the same for any number of workers. Of two rounds the five
+# blocks are padded for 3 workers, of two blocks each, and not for 5. Other
+# numbers are those of test_claimed_bytes_are_compiled_bytes.
+@pytest.mark.parametrize(
+  ('method', 'counts'), [('gather', [3]), ('two_shot', [3, 5])]
+)
 @pytest.mark.parametrize('name', COMPRESSORS)
-def test_every_code_in_every_pattern(name, method, make_mesh):
+def test_every_code_in_every_pattern(name, method, counts, make_mesh):
   compressor = COMPRESSORS[name]
   if method == 'two_shot' and compressor.block_size is None:
     with pytest.raises(ValueError, match='gives each worker some of the block'):
@@ -54,7 +59,7 @@ def test_every_code_in_every_pattern(name, method, make_mesh):
     return
   communicator = jd.mean(public.AXIS, compressor, method)
   params = {'w': jnp.zeros((30, 20))}  # Five blocks, the last not full.
-  for workers in (2, 3, 5, 8):
+  for workers in counts:
     claimed = communicator.bytes_sent(params, workers)
     traffic = compiled_bytes(communicator, params, workers, make_mesh)
     assert traffic.bytes_a_step == pytest.approx(claimed, rel=1e-9)

@@ -106,6 +106,24 @@ def test_same_numbers_everywhere(name, make_mesh):
   assert workers_program(other.lower()) == workers_program(lowered)
 
 
+def check_foretold(tx, state, mesh):
+  """An abstract init and specs say what a state is, and where."""
+  shapes = jax.eval_shape(public.params)
+  abstract = jd.init(tx, shapes, axis=public.AXIS, mesh=mesh)
+  assert jax.tree.structure(abstract) == jax.tree.structure(state)
+  specs = jd.specs(state, public.AXIS)
+  is_leading = map_per_worker(lambda _: True, lambda _: False, state)
+  for got, foretold, spec, leading in zip(
+    *map(jax.tree.leaves, (state, abstract, specs, is_leading)), strict=True
+  ):
+    assert (foretold.shape, foretold.dtype) == (got.shape, got.dtype)
+    if got.size:  # JAX places empty arrays as it likes.
+      assert foretold.sharding.is_equivalent_to(got.sharding, got.ndim)
+    assert spec == (PartitionSpec(public.AXIS) if leading else PartitionSpec())
+    if leading:
+      assert got.shape[0] == WORKERS
+
+
 @pytest.mark.parametrize('name', public.TRANSFORMS)
 def test_train_step_on_mesh_is_train_step_simulated(name, make_mesh):
   tx = public.TRANSFORMS[name]
@@ -120,6 +138,8 @@ def test_train_step_on_mesh_is_train_step_simulated(name, make_mesh):
   ends = []
   for where in ({'mesh': make_mesh(WORKERS)}, {'workers': WORKERS}):
     state = jd.init(tx, public.params(), axis=public.AXIS, **where)
+    if 'mesh' in where:
+      check_foretold(tx, state, where['mesh'])
     step = jd.train_step(loss, tx, axis=public.AXIS, **where)
     before = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
     for _ in range(STEPS):
@@ -134,24 +154,3 @@ def test_train_step_on_mesh_is_train_step_simulated(name, make_mesh):
     ends.append(state)
   for want, got in zip(*map(jax.tree.leaves, ends), strict=True):
     np.testing.assert_allclose(got, want, **CLOSE)
-
-
-@pytest.mark.parametrize('name', public.TRANSFORMS)
-def test_abstract_init_and_specs_foretell_the_state(name, make_mesh):
-  tx = public.TRANSFORMS[name]
-  params = public.params()
-  kwargs = {'axis': public.AXIS, 'mesh': make_mesh(WORKERS)}
-  abstract = jd.init(tx, jax.eval_shape(lambda: params), **kwargs)
-  state = jd.init(tx, params, **kwargs)
-  assert jax.tree.structure(abstract) == jax.tree.structure(state)
-  specs = jd.specs(state, public.AXIS)
-  is_leading = map_per_worker(lambda _: True, lambda _: False, state)
-  for got, foretold, spec, leading in zip(
-    *map(jax.tree.leaves, (state, abstract, specs, is_leading)), strict=True
-  ):
-    assert (foretold.shape, foretold.dtype) == (got.shape, got.dtype)
-    if got.size:  # JAX places empty arrays as it likes.
-      assert foretold.sharding.is_equivalent_to(got.sharding, got.ndim)
-    assert spec == (PartitionSpec(public.AXIS) if leading else PartitionSpec())
-    if leading:
-      assert got.shape[0] == WORKERS

@@ -36,10 +36,9 @@ _DTYPES = [
     *('float8_e4m3fnuz', 'float8_e5m2', 'float8_e5m2fnuz', 'float8_e8m0fnu'),
   )
 ]
-# Not every byte is a number of these. They are widened to be checked, so many
-# at a time.
-_CHECKED_AT_ONCE = 2**16
+# Not every byte is a number of these.
 _NARROW = ('bool', 'int2', 'int4', 'uint2', 'uint4', 'float4_e2m1fn')
+_CHECKED_AT_ONCE = 2**16  # They are widened to be checked.
 
 
 class UnpackError(ValueError):

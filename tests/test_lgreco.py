@@ -179,7 +179,7 @@ def test_another_choice_loses_nothing(levels, first, then, tmp_path):
     state, _ = step(state, batch)
   assert (owed(state)[1] > 0) == (levels is SPARSE)
   jd.save(tmp_path, 3, state, metadata={'labels': then})
-  _, step = made(levels, then)
+  like, step = made(levels, then)
   for batch in batches[3:]:
     state, _ = step(state, batch)
   came = batches.mean(1).sum(0)
@@ -189,7 +189,7 @@ def test_another_choice_loses_nothing(levels, first, then, tmp_path):
   )
 
   assert jd.checkpoint_metadata(tmp_path)['labels'] == then
-  resumed = jd.restore(tmp_path, made(levels, then)[0])
+  resumed = jd.restore(tmp_path, like)
   for batch in batches[3:]:
     resumed, _ = step(resumed, batch)
   jax.tree.map(np.testing.assert_array_equal, resumed, state)

@@ -86,14 +86,12 @@ def per_shard(
   def exchange(tree, state):
     leaves, treedef = jax.tree.flatten(tree)
     results, sents, new_state = list(leaves), list(leaves), {}
-    groups = _groups(tree, specs, axis)
-    for index, (name, group) in enumerate(groups.items()):
+    for name, group in _groups(tree, specs, axis).items():
 
-      def exchange_shard(leaves, state, group=group, index=index):
-        with collectives.member(index):
-          result, sent, state = communicator.exchange(
-            group.tree(leaves), _local(state, group.axes)
-          )
+      def exchange_shard(leaves, state, group=group):
+        result, sent, state = communicator.exchange(
+          group.tree(leaves), _local(state, group.axes)
+        )
         state = _stacked(state, group.axes)
         return jax.tree.leaves(result), jax.tree.leaves(sent), state
 

@@ -117,11 +117,18 @@ class Compared:
     return self.ends / other.ends - 1
 
 
+def standard_error(values: np.ndarray) -> float:
+  """Of the mean; of a single value nothing is known, and it is 0."""
+  if len(values) < 2:
+    return 0.0
+  return values.std(ddof=1) / math.sqrt(len(values))
+
+
 def with_error(values: np.ndarray, form: str) -> str:
   """Mean and standard error; of a single value just that."""
   if len(values) < 2:
     return format(values[0], form)
-  error = values.std(ddof=1) / math.sqrt(len(values))
+  error = standard_error(values)
   return f'{values.mean():{form}} ± {error:{form.lstrip("+")}}'
 
 

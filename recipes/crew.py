@@ -29,7 +29,7 @@ class Crew:
     hosts: where they run.
     script: a Python file that calls :func:`serve`.
     told: arguments for its ``start``, beside ``host`` and ``hosts``.
-    environment: of a host's process, beside this one's.
+    environment: of the processes, beside this one's.
     logs: folder for what they print.
   """
 
@@ -38,7 +38,7 @@ class Crew:
     hosts: Hosts,
     script: Path,
     told: dict[str, Any],
-    environment: Callable[[int], dict[str, str]],
+    environment: dict[str, str],
     logs: Path,
   ):
     self.name = script.stem
@@ -59,7 +59,7 @@ class Crew:
               stdin=subprocess.PIPE,
               stdout=subprocess.PIPE,
               stderr=errors,
-              env={**os.environ, **environment(i)},
+              env={**os.environ, **environment},
               # Ctrl-C is for the one who commands them.
               start_new_session=True,
             )

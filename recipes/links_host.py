@@ -32,6 +32,7 @@ CODES = {
   '2 bits': lambda: jd.quantize(bits=2),
   'a sixteenth, at random': lambda: jd.random_k(1 / 16),
 }
+WAIT_SECONDS = 300.0
 _NEVER = 2**30
 _PROBES = 20
 _REPEATS = 4
@@ -213,9 +214,9 @@ class Host:
     }
 
 
-def start(host: int, hosts: int, data: str | None, **fields: Any):
+def start(host: int, hosts: int, data: str | None, address: str, **fields: Any):
   """Joins the others; returns what carries out a task."""
-  world = jd.initialize()
+  world = jd.initialize(address, hosts, host, timeout=WAIT_SECONDS)
   prepare_devices(hosts, world.processes)
   config = lm.Config(**fields, workers=hosts)
   own = Host(config, text.load(Path(data) if data else None))

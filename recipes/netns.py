@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _PREFIX = 'jaxdist-links'
-_DEVICE = 'eth0'
+DEVICE = 'eth0'
 _UNITS = {'kbit': 1e3, 'mbit': 1e6, 'gbit': 1e9}
 # Ethernet, IPv4 and TCP with timestamps; and a whole packet.
 HEADER_BYTES = 14 + 20 + 32
@@ -67,7 +67,7 @@ def check() -> None:
 
 def sent() -> tuple[int, int]:
   """Bytes and packets that the host of this process has sent so far."""
-  folder = Path('/sys/class/net', _DEVICE, 'statistics')
+  folder = Path('/sys/class/net', DEVICE, 'statistics')
   read = lambda name: int((folder / name).read_text())
   return read('tx_bytes'), read('tx_packets')
 
@@ -108,11 +108,11 @@ class Hosts:
       _run('ip', 'netns', 'add', name)
       inside = lambda *words, name=name: _run('ip', '-n', name, *words)
       inside(
-        *f'link add {_DEVICE} type veth peer name port{i} netns'.split(),
+        *f'link add {DEVICE} type veth peer name port{i} netns'.split(),
         self._hub,
       )
-      inside('addr', 'add', f'{address}/24', 'dev', _DEVICE)
-      inside('link', 'set', _DEVICE, 'up')
+      inside('addr', 'add', f'{address}/24', 'dev', DEVICE)
+      inside('link', 'set', DEVICE, 'up')
       inside('link', 'set', 'lo', 'up')
       _run(
         *f'ip -n {self._hub} link set port{i} master hub up'.split(),
@@ -121,7 +121,7 @@ class Hosts:
   def limit(self, rate: float) -> None:
     """Holds what each host sends, and what it receives, to bits a second."""
     burst = max(_LEAST_BURST, rate / 8 * _BURST_SECONDS)
-    ends = [(name, _DEVICE) for name in self._names]
+    ends = [(name, DEVICE) for name in self._names]
     ends += [(self._hub, f'port{i}') for i in range(len(self._names))]
     for name, device in ends:
       _run(

@@ -22,10 +22,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-DDP = 'torch DDP'
-POWER_SGD = 'torch DDP, PowerSGD'
 NO_EXCHANGE = 'torch, no exchange'
-NAMES = (DDP, POWER_SGD, NO_EXCHANGE)
+POWER_SGD = 'torch DDP, PowerSGD'
 # Newton and Schulz's coefficients, as in Optax.
 _NEWTON = (3.4445, -4.7750, 2.0315)
 _WAIT = datetime.timedelta(minutes=10)
@@ -150,15 +148,15 @@ class Host:
     """This host's part, as a JAX device has it."""
     return torch.from_numpy(np.split(rows, self.config.workers)[self.host])
 
-  def train(self, method: str, seed: int, parameters: str) -> dict[str, Any]:
-    """Trains from the start; ``parameters`` is a file of them."""
+  def train(self, method: str, seed: int, start: str) -> dict[str, Any]:
+    """Trains from the start; ``start`` is a file of parameters."""
     config = self.config
     batches = text.training_batches(
       self.data, config.length, config.batch * config.workers, seed
     )
     batches = [self._own(batches[i]) for i in range(config.steps)]
-    with np.load(parameters) as start:
-      model = Transformer(dict(start), config.layers, config.heads)
+    with np.load(start) as parameters:
+      model = Transformer(dict(parameters), config.layers, config.heads)
     loss_of = model if method == NO_EXCHANGE else DistributedDataParallel(model)
     if method == POWER_SGD:
       state = powerSGD_hook.PowerSGDState(
@@ -194,7 +192,11 @@ def start(host: int, hosts: int, data: str | None, address: str, **fields: Any):
   )
   config = lm.Config(**fields, workers=hosts)
   own = Host(config, text.load(Path(data) if data else None), host)
-  return own.train
+
+  def carry_out(do, **arguments):
+    return getattr(own, do)(**arguments)
+
+  return carry_out
 
 
 if __name__ == '__main__':

@@ -119,8 +119,8 @@ def serve(start: Callable[..., Callable[..., Any]]) -> None:
   """For the scripts: answers tasks until the input ends.
 
   The process ends when the one who commands it does. Of the cores it takes its
-  host's share, as if there were no others. What it prints goes to the log, since
-  libraries print too.
+  host's share, as if there were no others. What it prints goes to the log,
+  since libraries print too.
 
   Args:
     start: from what it was told to the function that carries out a task.
@@ -147,4 +147,3 @@ def own_cores(cores: list[int], host: int, hosts: int) -> list[int]:
   share = max(len(cores) // hosts, 1)
   first = host * share % len(cores)
   return cores[first : first + share]
-

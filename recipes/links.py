@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import links_found
 import links_report
 import lm
 import methods
@@ -232,7 +233,7 @@ def measure(config: Config, console: Console) -> None:
         task.arguments, PATIENCE_SECONDS + 10 * megabits * 1e6 / bits
       )
       # What a host's program sends is the same for all.
-      traffic = [answer.pop('traffic', None) for answer in answers][0]
+      traffic = [x.pop('traffic', None) for x in answers].pop()
       found = {
         'hosts': answers,
         'traffic': traffic,
@@ -271,7 +272,7 @@ def main() -> None:
       sys.exit(128 + signal.SIGINT)
     except (OSError, RuntimeError) as error:
       sys.exit(f'links.py: {error}')
-  found = links_report.read(config, contenders(config))
+  found = links_found.read(config, contenders(config))
   for table in links_report.terminal_tables(found):
     console.print(table)
   facts = {**dataclasses.asdict(config), **lm.versions(), 'text': str(data)}

@@ -7,15 +7,20 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import jax
 import netns
 import numpy as np
+from flax import nnx
 from links_host import CODES, NO_EXCHANGE
+from model import Transformer
 
 import jaxdist as jd
 
 DENSE_PEER = 'torch DDP'
-COMPRESSED_PEER = 'torch DDP, PowerSGD'
-LIMITS = (NO_EXCHANGE, 'torch, no exchange')
+COMPRESSED_PEER = 'torch PowerSGD'
+LIMITS = (NO_EXCHANGE, 'torch alone')
+# Of a rate, in full packets.
+CARRIED = 1 - netns.HEADER_BYTES / netns.PACKET_BYTES
 PEERS = (LIMITS[1], DENSE_PEER, COMPRESSED_PEER)
 # Of a core, for coding, as jd.advise wants it: a copy's.
 MEMORY_BYTES_PER_SECOND = 2e9
@@ -199,8 +204,9 @@ class Exchange:
 
   @property
   def share(self) -> float:
-    """Of what the link could carry in that time."""
-    return 8 * self.payload / self.seconds / netns.bits_per_second(self.rate)
+    """Of what the link allows for the payload, in full packets."""
+    bits = CARRIED * netns.bits_per_second(self.rate)
+    return 8 * self.payload / self.seconds / bits
 
 
 def load_exchanges(folder: Path, rates) -> list[Exchange]:
@@ -249,3 +255,82 @@ def advised(
     candidates=[candidate],
   )
   return advice.predictions[0].step_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """All that was measured.
+
+  Attributes:
+    hosts: how many.
+    params: shapes of the model's parameters.
+    runs: of all contenders at all rates.
+    exchanges: the bare ones.
+    links: what plain sums measured, by rate.
+  """
+
+  hosts: int
+  params: Any
+  runs: list[Found]
+  exchanges: list[Exchange]
+  links: dict[str, jd.Link]
+
+  def at(self, rate: str, name: str) -> Found | None:
+    """A contender at a rate."""
+    is_it = lambda run: run.rate == rate and run.name == name
+    return next(filter(is_it, self.runs), None)
+
+  def limit(self, run: Found) -> Found:
+    """The step with no exchange, of the same framework."""
+    return self.at(run.rate, LIMITS[run.name in PEERS])
+
+  def predictions(self, run: Found) -> tuple[float | None, float | None]:
+    """What jd.advise and jd.step_time say that a step takes."""
+    if run.name in LIMITS + PEERS:
+      return None, None
+    limit, link = self.limit(run), self.links[run.rate]
+    return (
+      advised(run.name, self.params, self.hosts, limit, link),
+      predicted(run, limit, link),
+    )
+
+  def sooner(self, run: Found) -> tuple[float | None, float | None]:
+    """How many times sooner than plain DDP, and than with PowerSGD."""
+    peers = [self.at(run.rate, name) for name in PEERS[1:]]
+    if run.name in LIMITS:
+      return None, None
+    return tuple(peer and sooner(run, peer) for peer in peers)
+
+  def own(self, rate: str) -> list[Found]:
+    """The methods of jaxdist at a rate."""
+    others = LIMITS + PEERS
+    return [r for r in self.runs if r.rate == rate and r.name not in others]
+
+
+def read(config: Any, names: list[str]) -> Measured:
+  """Reads the files of a finished comparison.
+
+  Args:
+    config: of links.py.
+    names: of the contenders.
+  """
+  folder = config.out / 'runs'
+
+  def parameters():
+    model = Transformer(config.layers, config.width, config.heads, nnx.Rngs(0))
+    return nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
+
+  return Measured(
+    config.hosts,
+    jax.eval_shape(parameters),
+    load(
+      folder,
+      config.rates,
+      names,
+      config.rounds,
+      config.steps,
+      config.every_eval,
+    ),
+    load_exchanges(folder, config.rates),
+    load_links(folder, config.rates),
+  )

@@ -100,8 +100,8 @@ class Hosts:
 
   def _make(self):
     _run('ip', 'netns', 'add', self._hub)
-    _run('ip', '-n', self._hub, *'link add hub type bridge'.split())
-    _run('ip', '-n', self._hub, *'link set hub up'.split())
+    _run('ip', '-n', self._hub, *['link', 'add', 'hub', 'type', 'bridge'])
+    _run('ip', '-n', self._hub, *['link', 'set', 'hub', 'up'])
     for i, (name, address) in enumerate(
       zip(self._names, self.addresses, strict=True)
     ):

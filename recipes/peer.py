@@ -17,13 +17,12 @@ import numpy as np
 import text
 import torch
 import torch.distributed as dist
+from links_found import COMPRESSED_PEER, LIMITS
 from links_host import VALIDATION_ROWS, Stretches
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-NO_EXCHANGE = 'torch, no exchange'
-POWER_SGD = 'torch DDP, PowerSGD'
 # Newton and Schulz's coefficients, as in Optax.
 _NEWTON = (3.4445, -4.7750, 2.0315)
 _WAIT = datetime.timedelta(minutes=10)
@@ -51,9 +50,7 @@ class Transformer(torch.nn.Module):
       y = _norm(x, own('mlp_norm.scale')) @ own('mlp.up.kernel')
       x = x + torch.relu(y).square() @ own('mlp.down.kernel')
     logits = _norm(x, p['norm.scale']) @ p['head.kernel']
-    return functional.cross_entropy(
-      logits.flatten(0, 1), rows[:, 1:].flatten()
-    )
+    return functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
   def _attend(self, x, own):
     b, t, w = x.shape
@@ -157,8 +154,8 @@ class Host:
     batches = [self._own(batches[i]) for i in range(config.steps)]
     with np.load(start) as parameters:
       model = Transformer(dict(parameters), config.layers, config.heads)
-    loss_of = model if method == NO_EXCHANGE else DistributedDataParallel(model)
-    if method == POWER_SGD:
+    loss_of = model if method in LIMITS else DistributedDataParallel(model)
+    if method == COMPRESSED_PEER:
       state = powerSGD_hook.PowerSGDState(
         None,
         matrix_approximation_rank=2,
@@ -187,9 +184,7 @@ class Host:
 def start(host: int, hosts: int, data: str | None, address: str, **fields: Any):
   """Joins the others; returns what carries out a task."""
   torch.set_num_threads(1)
-  dist.init_process_group(
-    'gloo', f'tcp://{address}', _WAIT, hosts, host
-  )
+  dist.init_process_group('gloo', f'tcp://{address}', _WAIT, hosts, host)
   config = lm.Config(**fields, workers=hosts)
   own = Host(config, text.load(Path(data) if data else None), host)
 

@@ -1,0 +1,71 @@
+"""What was hoped for of slow links, beside what links.py measured."""
+
+import math
+
+from links_found import Measured
+
+
+def goals(found: Measured) -> list[tuple[str, str, str, bool]]:
+  """What was hoped for: words, the goal, what was measured, whether it is so.
+
+  Of several methods the best counts; its name stands beside the figure.
+  """
+  rows = []
+
+  def best(what, rate, goal, values, at_most):
+    """``values``: name and figure of each method."""
+    values = [(v, n) for n, v in values if v is not None and math.isfinite(v)]
+    if not values:
+      return
+    value, name = min(values) if at_most else max(values)
+    sign = 'at most' if at_most else 'at least'
+    rows.append(
+      (
+        f'{what}, {rate}',
+        f'{sign} {goal:g}',
+        f'{value:.3g} ({name})',
+        value <= goal if at_most else value >= goal,
+      )
+    )
+
+  for rate, over, ddp in (('100mbit', 1.2, 5), ('10mbit', 2, 20)):
+    runs = found.own(rate)
+    over_limit = [(r.name, r.over(found.limit(r))) for r in runs]
+    best('step over the limit', rate, over, over_limit, at_most=True)
+    for i, (peer, goal) in enumerate((('DDP', ddp), ('PowerSGD', 2))):
+      values = [(r.name, found.sooner(r)[i]) for r in runs]
+      best(f'sooner than {peer}', rate, goal, values, at_most=False)
+  shares = [(e.code, e.share) for e in found.exchanges if e.rate == '100mbit']
+  best('share of the link', '100mbit', 0.9, shares, at_most=False)
+
+  def within(what, part, ratios):
+    """``ratios``: of each run that has one, with its name."""
+    off = [
+      (abs(ratio - 1), name) for name, ratio in ratios if ratio is not None
+    ]
+    if off:
+      worst, name = max(off)
+      held = sum(each <= part for each, _ in off)
+      rows.append(
+        (
+          what,
+          f'within {100 * part:g}%',
+          f'{held} of {len(off)}, worst {100 * worst:.1f}% ({name})',
+          held == len(off),
+        )
+      )
+
+  label = lambda run: f'{run.name}, {run.rate}'
+  within(
+    'interface and jd.traffic',
+    0.05,
+    [(label(run), run.agreement) for run in found.runs],
+  )
+  for i, what in enumerate(('jd.advise', 'jd.step_time')):
+    ratios = [(label(r), found.predictions(r)[i], r) for r in found.runs]
+    within(
+      f'{what} and measured step',
+      0.25,
+      [(name, s / r.step_seconds) for name, s, r in ratios if s is not None],
+    )
+  return rows

@@ -149,8 +149,11 @@ def test_figures_of_a_comparison():
   assert measured.predictions(limit) == (None, None)
   verdicts = {row[0]: row[2:] for row in links_goals.goals(measured)}
   assert verdicts['step over the limit, 100mbit'] == ('1.5 (dense)', False)
-  assert verdicts['sooner than DDP, 100mbit'] == ('4 (dense)', False)
-  assert 'sooner than PowerSGD, 100mbit' not in verdicts
+  assert verdicts['sooner than torch DDP, 100mbit'] == (
+    '4 (dense); without exchange 6',
+    False,
+  )
+  assert 'sooner than torch PowerSGD, 100mbit' not in verdicts
   assert verdicts['interface and jd.traffic'][1]
 
 

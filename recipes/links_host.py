@@ -102,7 +102,7 @@ class Host:
 
   def save_start(self, seed: int, path: str) -> None:
     """Writes the parameters that all start from, for others to begin there."""
-    if self.place.mesh.devices.flat[0].process_index == jax.process_index():
+    if jax.process_index() == 0:
       leaves = nnx.to_flat_state(self._start(seed)[1])
       names = ('.'.join(map(str, path)) for path, _ in leaves)
       np.savez(path, **dict(zip(names, jax.tree.leaves(leaves), strict=True)))
@@ -134,7 +134,6 @@ class Host:
         losses.append(float(evaluate(state, self.rows)))
     return {
       'losses': losses,
-      'skipped': int(metrics['skipped'].addressable_shards[0].data[0]),
       'traffic': json.loads(traffic.to_json()),
       **stretches.found(),
     }

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.extend
 from jax._src import clusters, distributed
 from jax._src.lib import _jax
+from jax.interpreters import batching, mlir
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -22,6 +24,32 @@ def varying_axes(x: Any) -> frozenset[str]:
   if hasattr(aval, 'mat'):
     return aval.mat.varying
   return aval.vma
+
+
+def agreed(x: jax.Array, axis: str) -> jax.Array:
+  """Marks an array as the same along an axis, which nobody checks.
+
+  ``jax.lax.pcast`` goes the other way only.
+  """
+  return _agreed.bind(x, axis=axis)
+
+
+_agreed = jax.extend.core.Primitive('jaxdist_agreed')
+
+
+@_agreed.def_abstract_eval
+def _agreed_type(x, *, axis):
+  if hasattr(x, 'mat'):
+    kind = x.mat.update(varying=x.mat.varying - {axis})
+    return x.update(manual_axis_type=kind)
+  return x.update(vma=x.vma - {axis})
+
+
+mlir.register_lowering(_agreed, lambda ctx, x, *, axis: [x])
+batching.primitive_batchers[_agreed] = lambda args, dims, *, axis: (
+  agreed(*args, axis),
+  *dims,
+)
 
 
 def detect_cluster(

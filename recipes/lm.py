@@ -149,6 +149,17 @@ def check(config: Config) -> None:
     raise ValueError('--resume and --overwrite exclude each other.')
 
 
+def schedule(config: Config, peak: float) -> optax.Schedule:
+  """The learning rate: up over a tenth of the steps, then down to nearly 0."""
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=peak,
+    warmup_steps=config.steps // 10,
+    decay_steps=config.steps,
+    end_value=0.05 * peak,
+  )
+
+
 def train(
   config: Config,
   method: str | methods.Method,
@@ -194,14 +205,7 @@ def train(
     return next_byte_loss(nnx.merge(graphdef, params), batch)
 
   peak = config.lr or method.learning_rate
-  schedule = optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=peak,
-    warmup_steps=config.steps // 10,
-    decay_steps=config.steps,
-    end_value=0.05 * peak,
-  )
-  tx = method.build(AXIS, schedule)
+  tx = method.build(AXIS, schedule(config, peak))
   state = jd.init(tx, params, **place.arguments())
   step_fn = jd.train_step(loss_fn, tx, **place.arguments())
   batch = place.put(batches[0])

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-# Two devices in each of two processes, or four in one.
+# Some devices, in one process or divided among two.
 PROGRAM = """
 import json, sys
 import jax
 jax.config.update('jax_platforms', 'cpu')
-name, rank, processes, port = sys.argv[1], *map(int, sys.argv[2:])
-jax.config.update('jax_num_cpu_devices', 4 // processes)
+name, devices, rank, processes, port = (
+  sys.argv[1], *map(int, sys.argv[2:])
+)
+jax.config.update('jax_num_cpu_devices', devices // processes)
 if processes > 1:
   address = f'127.0.0.1:{port}'
   jax.distributed.initialize(
@@ -34,7 +36,7 @@ tx = {
     optax.adam(0.01), jd.mean('data', jd.sign(block_size=128)), every=2
   ),
 }[name]
-mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
+mesh = jax.make_mesh((devices,), ('data',), axis_types=(AxisType.Auto,))
 params = {'w': np.linspace(-1, 1, 600, dtype=np.float32).reshape(30, 20)}
 state = jd.init(tx, params, mesh=mesh, axis='data')
 step = jd.train_step(
@@ -55,14 +57,17 @@ if processes > 1:
 """
 
 
-def run(name, processes):
+def run(name, devices, processes):
   """What each process ends with."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   members = [
     subprocess.Popen(
-      [sys.executable, '-c', PROGRAM, name, *map(str, (rank, processes, port))],
+      [
+        *(sys.executable, '-c', PROGRAM, name),
+        *map(str, (devices, rank, processes, port)),
+      ],
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -83,10 +88,13 @@ def run(name, processes):
   return results
 
 
-@pytest.mark.parametrize('name', ['feedback', 'local'])
-def test_two_processes_are_one(name):
-  (alone,) = run(name, 1)
-  first, second = run(name, 2)
+# Two devices exchange in another way if they are of two processes.
+@pytest.mark.parametrize(
+  ('name', 'devices'), [('feedback', 4), ('local', 4), ('feedback', 2)]
+)
+def test_two_processes_are_one(name, devices):
+  (alone,) = run(name, devices, 1)
+  first, second = run(name, devices, 2)
   assert first == second
   flat = lambda rows: [x for row in rows for x in row]
   # Adam blows the last bit of a gradient up; sums run in another order.

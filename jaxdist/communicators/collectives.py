@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxdist import compat
 from jaxdist.state import Axis, axis_names
@@ -149,6 +150,10 @@ def all_gather(x: jax.Array, axis: str) -> jax.Array:
   """
   if axis_size(axis) == 1:
     return psum(x, axis)[None]
+  if _is_pair_over_gloo(axis) and jnp.issubdtype(x.dtype, jnp.integer):
+    both = _with_other(x, _swapped(x, axis), axis)
+    # Each has put its own and the other's in the same order.
+    return compat.agreed(both, axis) if is_tracked(axis) else both
   flat = x.reshape(-1)
   if axis in compat.varying_axes(x):
     gathered = jax.lax.all_gather(flat, axis, to='invarying')
@@ -176,9 +181,43 @@ def all_to_all(words: jax.Array, axis: str) -> jax.Array:
   workers a wrong shape here, so they are made to look like this worker's own;
   the compiler removes it.
   """
+  if _is_pair_over_gloo(axis):
+    index = jax.lax.axis_index(axis)
+    return _with_other(words[index], _swapped(words[1 - index], axis), axis)
   own = words + (0 * jax.lax.axis_index(axis)).astype(words.dtype)
   flat = own.reshape(own.shape[0], -1)  # As in all_gather.
   return jax.lax.all_to_all(flat, axis, 0, 0).reshape(words.shape)
+
+
+def _is_pair_over_gloo(axis):
+  """Whether two workers meet over gloo, which is slow to move data between two.
+
+  Who comes later to an all-gather, all-to-all or permutation sends first, and
+  tells the other behind it that it may send too, so that the link carries data
+  one way at a time. In a sum of the same bytes both send at once.
+  """
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  return (
+    axis_size(axis) == 2
+    and axis in manual
+    and jax.process_count() > 1
+    and jax.default_backend() == 'cpu'
+  )
+
+
+def _swapped(x, axis):
+  """The other's integers, of two workers: each adds zeros to them."""
+  index = jax.lax.axis_index(axis)
+  rows = jnp.zeros((2, x.size), x.dtype).at[1 - index].set(x.reshape(-1))
+  return jax.lax.psum_scatter(rows, axis).reshape(x.shape)
+
+
+def _with_other(own, other, axis):
+  """Both workers' arrays in the order of the workers."""
+  is_first = jax.lax.axis_index(axis) == 0
+  return jnp.stack(
+    [jnp.where(is_first, own, other), jnp.where(is_first, other, own)]
+  )
 
 
 def shapes_inside(

@@ -51,6 +51,21 @@ def is_loopback(host: str) -> bool:
   return host.startswith('127.') or host in ('::1', '::ffff:127.0.0.1')
 
 
+def is_own(host: str) -> bool:
+  """Whether this machine has an IP address, and can listen there.
+
+  >>> is_own('127.0.0.1'), is_own('203.0.113.7')
+  (True, False)
+  """
+  family = socket.AF_INET6 if ':' in host else socket.AF_INET
+  with socket.socket(family) as tried:
+    try:
+      tried.bind((host, 0))
+    except OSError:
+      return False
+  return True
+
+
 def call(
   address: str,
   bind_host: str | None,

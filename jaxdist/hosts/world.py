@@ -230,17 +230,19 @@ def _bind_address(member):
 
 
 def _show_gloo_the_way(own_host):
-  """Gives gloo an address that others reach where it would take a loopback.
+  """Gives gloo an address that others reach where it would take another.
 
-  It listens at what the machine's name resolves to, and many systems resolve
-  that to 127.0.1.1.
+  It listens at what the machine's name resolves to. On many systems that is
+  127.0.1.1; in a network namespace it may be an address outside of it.
   """
   try:
     by_name = roll_call.resolve(socket.gethostname(), 0)
   except OSError:
     by_name = None
   if not roll_call.is_loopback(own_host) and (
-    by_name is None or roll_call.is_loopback(by_name)
+    by_name is None
+    or roll_call.is_loopback(by_name)
+    or not roll_call.is_own(by_name)
   ):
     compat.set_gloo_host(own_host)
 

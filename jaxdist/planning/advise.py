@@ -21,6 +21,7 @@ _ROUNDS = {
   'all_gather': 1,
   'all_gather_invariant': 1,
   'all_to_all': 1,
+  'reduce_scatter': 1,
   'ppermute': 1,
 }
 # Reads of updates and residual, writes of both, and decoding what arrives.

@@ -173,6 +173,7 @@ def test_arguments_that_cannot_work_are_refused(joined, arguments, message):
   [
     ('10.0.0.2', '127.0.1.1', ['10.0.0.2']),
     ('10.0.0.2', '10.0.0.3', []),
+    ('10.0.0.2', '203.0.113.7', ['10.0.0.2']),
     ('127.0.0.1', '127.0.0.1', []),
   ],
 )
@@ -183,5 +184,6 @@ def test_gloo_is_told_where_the_name_is_of_no_use(
   monkeypatch.setattr(compat, 'set_gloo_host', told.append)
   monkeypatch.setattr(roll_call, 'resolve', lambda host, port: by_name)
   monkeypatch.setattr(roll_call, 'call', lambda *arguments: own)
+  monkeypatch.setattr(roll_call, 'is_own', lambda host: host[:4] != '203.')
   jd.initialize('node:80', 2, 1)
   assert told == expected

@@ -428,7 +428,7 @@ class Coordinator:
         if at_start and not answer.died:
           raise ReplicaError(f'replica {replica} cannot start.') from value
         kind = 'died' if answer.died else 'failed'
-        self._end(replica, kind, str(value).partition('\n')[0])
+        self._end(replica, kind, value)
       elif value['program'] != self._wire.digest:
         raise ReplicaError(
           f'replica {replica} runs another program or version of jaxdist.'
@@ -470,8 +470,9 @@ class Coordinator:
     if seat.strikes == _STRIKES:
       self._end(replica, 'fenced', f'{_STRIKES} unsound changes in a row')
 
-  def _end(self, replica, kind, detail):
+  def _end(self, replica, kind, why):
     """Ends an incarnation: whatever comes of it from now on is refused."""
+    detail = str(why).partition('\n')[0]
     seat = self._seats[replica]
     lost = seat.owed / len(self._seats)
     self._note(kind, replica, seat.incarnation, detail, lost)
@@ -482,7 +483,8 @@ class Coordinator:
       seat.incarnation, since=time.monotonic(), failed_starts=failed
     )
     if all(seat.failed_starts >= _STRIKES for seat in self._seats):
-      raise ReplicaError(f'no replica can start; the last one: {detail}')
+      cause = why if isinstance(why, Exception) else None
+      raise ReplicaError(f'no replica can start: {detail}') from cause
 
   def _note(self, kind, replica, incarnation, detail='', lost=0.0):
     seconds = time.monotonic() - self._began

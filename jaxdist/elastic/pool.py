@@ -1,7 +1,9 @@
 """The actors: one for each incarnation of a replica. All that knows Ray."""
 
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -120,9 +122,14 @@ def start_ray() -> None:
   says otherwise.
   """
   os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-  ray.init(
-    address='local',
-    include_dashboard=False,
-    log_to_driver=False,
-    logging_level='ERROR',
-  )
+  with warnings.catch_warnings():
+    # What is forked here goes on as another program at once.
+    warnings.filterwarnings('ignore', r'os\.fork\(\) was called')
+    ray.init(
+      address='local',
+      include_dashboard=False,
+      log_to_driver=False,
+      logging_level='ERROR',
+      # So that what can be imported here can be in the replicas.
+      runtime_env={'env_vars': {'PYTHONPATH': os.pathsep.join(sys.path)}},
+    )

@@ -239,6 +239,7 @@ class Coordinator:
     self._open = pool
     self._build, self._options = build, options or {}
     self._pool = None
+
   @property
   def round(self) -> int:
     """The round that is open: so many were closed."""
@@ -276,9 +277,7 @@ class Coordinator:
       OSError: if a checkpoint cannot be written.
     """
     if self._pool is None:
-      self._pool = self._open(
-        self._build, self._wire.agreement, self._options
-      )
+      self._pool = self._open(self._build, self._wire.agreement, self._options)
       self._wait_for_all()
     while self.round < until:
       yield self._one_round()
@@ -342,7 +341,9 @@ class Coordinator:
 
   def _close_round(self, taken, began):
     weights = {
-      tag: self._patience.staleness(age) if (age := self._ledger.age(tag)) else 1
+      tag: self._patience.staleness(age)
+      if (age := self._ledger.age(tag))
+      else 1
       for tag in sorted(taken)
     }
     total = sum(weights.values())
@@ -354,7 +355,9 @@ class Coordinator:
       committed,
       time.monotonic() - began,
       tuple(sorted(tag.replica for tag in fresh)),
-      {t.replica: self.round - t.round for t in sorted(set(taken) - set(fresh))},
+      {
+        t.replica: self.round - t.round for t in sorted(set(taken) - set(fresh))
+      },
       total,
       sum(losses) / len(losses) if losses else math.nan,
       self._received,

@@ -175,4 +175,3 @@ class Wire:
     return jax.tree.map(
       lambda x: next(leaves) if is_exchanged(x) else jnp.zeros(x.shape), like
     )
-

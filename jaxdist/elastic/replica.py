@@ -80,6 +80,8 @@ def at_step(state: optax.OptState, step: int) -> optax.OptState:
   def is_schedule(path, _):
     return getattr(path[-1], 'tuple_name', '') in schedules
 
+  if not optax.tree.get_all_with_path(state, 'count', is_schedule):
+    return state
   return optax.tree.set(state, is_schedule, count=jnp.int32(step))
 
 

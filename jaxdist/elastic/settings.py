@@ -143,9 +143,7 @@ class Patience:
           f'staleness must be a weight in [0, 1] at every age, got '
           f'{weight(age)} at {age}.'
         )
-    return cls(
-      replicas, quorum, deadline, max_staleness, weight, start_timeout
-    )
+    return cls(replicas, quorum, deadline, max_staleness, weight, start_timeout)
 
 
 def check_seconds(name: str, value: Any) -> None:

@@ -1,6 +1,5 @@
 """Elastic replicas without faults: the numbers of jd.diloco."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -44,6 +43,7 @@ class Here:
 
   def __init__(self, build, agreement, options):
     from jaxdist.elastic.replica import Replica
+
     self.make = lambda *key: Replica(build, agreement, *key)
     self.replicas, self.asked = {}, []
 
@@ -62,6 +62,7 @@ class Here:
 
   def wait(self, seconds):
     from jaxdist.elastic.pool import Answer
+
     what, replica, incarnation, message = self.asked.pop()
     value = getattr(self.replicas[replica, incarnation], what)(message)
     return [Answer(replica, incarnation, what, value)]
@@ -70,21 +71,39 @@ class Here:
     pass
 
 
-@pytest.mark.parametrize('code', [None, jd.quantize(bits=4, stochastic=True), jd.top_k(0.1)], ids=repr)
+@pytest.mark.parametrize(
+  'code', [None, jd.quantize(bits=4, stochastic=True), jd.top_k(0.1)], ids=repr
+)
 def test_equals_diloco(code):
   inner = optax.adam(optax.linear_schedule(0.1, 0.01, 10))
-  tx = jd.diloco(inner, OUTER, jd.mean('data', code, method='gather'), every=EVERY)
+  tx = jd.diloco(
+    inner, OUTER, jd.mean('data', code, method='gather'), every=EVERY
+  )
   state = jd.init(tx, params(), axis='data', workers=REPLICAS)
-  step = jd.train_step(lambda p, x: loss_fn(p, x[0]), tx, axis='data', workers=REPLICAS)
+  step = jd.train_step(
+    lambda p, x: loss_fn(p, x[0]), tx, axis='data', workers=REPLICAS
+  )
   for i in range(EVERY * ROUNDS):
     state, _ = step(state, np.stack([batch(r, i) for r in range(REPLICAS)]))
   want = jd.mean_params(state)
   with elastic.Coordinator(
-    build, params(), replicas=REPLICAS, outer=OUTER, every=EVERY, deadline=60.0, compressor=code, pool=Here,
+    build,
+    params(),
+    replicas=REPLICAS,
+    outer=OUTER,
+    every=EVERY,
+    deadline=60.0,
+    compressor=code,
+    pool=Here,
   ) as coordinator:
     for report in coordinator.rounds(ROUNDS):
       print(report)
       assert report.fresh == (0, 1)
   got = coordinator.params
   for name in want:
-    np.testing.assert_allclose(got[name].astype(np.float32), want[name].astype(np.float32), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+      got[name].astype(np.float32),
+      want[name].astype(np.float32),
+      rtol=1e-5,
+      atol=1e-6,
+    )

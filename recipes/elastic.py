@@ -129,7 +129,7 @@ def model_parts(config: Config, abstract: bool = False) -> tuple[Any, Any]:
   return nnx.split(nnx.eval_shape(make) if abstract else make(), nnx.Param)
 
 
-def builder(config: Config, folder: Path):
+def builder(config: Config, data: text.Text, folder: Path):
   """What each replica runs; called here, and what it returns there."""
 
   def build(replica: int):
@@ -137,7 +137,7 @@ def builder(config: Config, folder: Path):
 
     graphdef, _ = model_parts(config, abstract=True)
     batches = text.training_batches(
-      text.load(config.data), config.length, config.batch, config.seed
+      data, config.length, config.batch, config.seed
     )
     rate = optax.linear_schedule(0.0, config.lr, 200)
     program = elastic.program(
@@ -185,7 +185,7 @@ def train(
   lines, events, samples = [], [], []
   committed, evaluated, sampled = 0.0, 0.0, -math.inf
   coordinator = elastic.Coordinator(
-    builder(config, folder / 'orders'),
+    builder(config, data, folder / 'orders'),
     params,
     replicas=config.replicas,
     outer=optax.sgd(0.8, momentum=0.5, nesterov=True),

@@ -12,10 +12,10 @@ except ModuleNotFoundError as error:
   ) from error
 
 from jaxdist.elastic.coordinator import Coordinator as Coordinator
-from jaxdist.elastic.coordinator import Event as Event
-from jaxdist.elastic.coordinator import ReplicaError as ReplicaError
-from jaxdist.elastic.coordinator import Round as Round
-from jaxdist.elastic.coordinator import Seat as Seat
+from jaxdist.elastic.events import Event as Event
+from jaxdist.elastic.events import ReplicaError as ReplicaError
+from jaxdist.elastic.events import Round as Round
+from jaxdist.elastic.events import Seat as Seat
 from jaxdist.elastic.ledger import Ledger as Ledger
 from jaxdist.elastic.ledger import Tag as Tag
 from jaxdist.elastic.ledger import Verdict as Verdict

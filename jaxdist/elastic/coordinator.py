@@ -1,114 +1,29 @@
 """The outer loop: rounds that end in time, whatever becomes of a replica."""
 
 import dataclasses
-import functools
 import math
 import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from jaxdist.checkpoint import Saver, latest_step, restore
-from jaxdist.communicators import checks
 from jaxdist.compressors.base import Compressor
+from jaxdist.elastic.anchor import Anchor
 from jaxdist.elastic.delta import Change, Wire
+from jaxdist.elastic.events import Event, ReplicaError, Round, Seat
 from jaxdist.elastic.ledger import Ledger, Tag, Verdict
 from jaxdist.elastic.pool import Answer, RayPool
 from jaxdist.elastic.replica import Program
 from jaxdist.elastic.settings import Agreement, Patience
-from jaxdist.transforms.base import all_finite, where
 
 # Once a quorum is there, the others get so much of the time that it took.
 _GRACE = 0.5
 # A replica is replaced after so many unsound changes in a row; if none can
 # start so many times in a row, something is wrong with all.
 _STRIKES = 3
-
-
-class ReplicaError(RuntimeError):
-  """Replicas do not start, or would run another program."""
-
-
-class Event(NamedTuple):
-  """Something that happened to a replica.
-
-  Attributes:
-    seconds: since the coordinator began.
-    round: the round that was open.
-    kind: ``'ready'``, ``'died'``, ``'fenced'``, ``'failed'`` (its program
-      raised), ``'damaged'`` (bytes that cannot be read), ``'not finite'``, or
-      one of the verdicts ``'late'``, ``'stale'``, ``'unknown'``.
-    replica: its number.
-    incarnation: its incarnation.
-    detail: what is known of it.
-    lost: for ends of an incarnation: the norm of the residual that went with
-      it, as last reported, over the number of replicas: what the model would
-      have been owed.
-  """
-
-  seconds: float
-  round: int
-  kind: str
-  replica: int
-  incarnation: int
-  detail: str = ''
-  lost: float = 0.0
-
-
-class Round(NamedTuple):
-  """What came of a round.
-
-  Attributes:
-    round: its number, from 0.
-    committed: whether the parameters moved.
-    seconds: that it took.
-    fresh: the replicas whose change of this round was applied.
-    late: those whose change of an earlier round was applied, and its age.
-    weight: the weights of all that was applied, added up.
-    loss: the mean of the fresh changes' losses; NaN without any.
-    bytes_received: of changes.
-    events: what happened meanwhile.
-  """
-
-  round: int
-  committed: bool
-  seconds: float
-  fresh: tuple[int, ...]
-  late: dict[int, int]
-  weight: float
-  loss: float
-  bytes_received: int
-  events: tuple[Event, ...]
-
-
-@dataclasses.dataclass
-class Seat:
-  """A replica's place, whoever has it.
-
-  Attributes:
-    incarnation: of the process that has it, or had it last.
-    phase: ``'empty'``, ``'starting'``, ``'idle'`` or ``'working'``.
-    since: when that began, by ``time.monotonic()``.
-    owed: the norm of its residual, as it last said.
-    strikes: unsound changes in a row.
-    failed_starts: ends in a row before it was ready.
-    pid: its process; 0 before it is ready.
-    host: where that runs.
-  """
-
-  incarnation: int = 0
-  phase: str = 'empty'
-  since: float = 0.0
-  owed: float = 0.0
-  strikes: int = 0
-  failed_starts: int = 0
-  pid: int = 0
-  host: str = ''
 
 
 class Coordinator:
@@ -220,19 +135,9 @@ class Coordinator:
     agreement = Agreement.checked(
       params, every, compressor, feedback, decay, seed, secrets.randbits(63)
     )
-    self._save_every = checks.integer('save_every', save_every, 1)
     self._wire = Wire(agreement)
-    self._outer = optax.with_extra_args_support(outer)
-    anchor = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-    self._state = {'params': anchor, 'outer': outer.init(anchor)}
-    self._ledger = Ledger(max_staleness)
-    self._saver, self._unsaved = None, 0
-    if directory is not None:
-      if (newest := latest_step(directory)) is not None:
-        self._state = restore(directory, self._state)
-        newest = latest_step(directory)
-        self._ledger.round = newest
-      self._saver = Saver(directory)
+    self._anchor = Anchor(params, outer, self._wire, directory, save_every)
+    self._ledger = Ledger(max_staleness, self._anchor.first)
     self._seats = [Seat() for _ in range(replicas)]
     self._events: list[Event] = []
     self._began = time.monotonic()
@@ -248,9 +153,7 @@ class Coordinator:
   @property
   def params(self) -> optax.Params:
     """The outer parameters, in the dtypes that they were given in."""
-    like = self._wire.agreement.like
-    cast = lambda a, x: a.astype(x.dtype)
-    return jax.tree.map(cast, self._state['params'], like)
+    return self._anchor.params
 
   @property
   def counts(self) -> dict[str, int]:
@@ -281,16 +184,14 @@ class Coordinator:
       self._wait_for_all()
     while self.round < until:
       yield self._one_round()
-    if self._saver is not None:
-      self._saver.wait()
+    self._anchor.wait()
 
   def close(self) -> None:
     """Ends all replicas."""
     pool, self._pool = self._pool, None
     if pool is not None:
       pool.close()
-    if self._saver is not None:
-      self._saver.wait()
+    self._anchor.wait()
 
   def __enter__(self) -> 'Coordinator':
     return self
@@ -303,6 +204,9 @@ class Coordinator:
     ends = time.monotonic() + self._patience.start_timeout
     self._message = self._pack()
     waits = lambda: any(s.phase in ('empty', 'starting') for s in self._seats)
+    self._fill()
+    # They compile meanwhile; and so do we.
+    self._anchor.compile()
     while waits() and time.monotonic() < ends:
       self._fill()
       self._take(self._pool.wait(1.0), {}, at_start=True)
@@ -327,27 +231,26 @@ class Coordinator:
         self._enter(seat, 'working')
     taken: dict[Tag, Change] = {}
     enough = False
-    while (now := time.monotonic()) < ends:
+    left = patience.deadline
+    while left > 0:
       fresh = [tag for tag in taken if tag.round == self.round]
       if len(fresh) >= patience.quorum and not enough:
         enough = True
-        ends = min(ends, now + _GRACE * (now - began))
+        took = time.monotonic() - began
+        ends = min(ends, began + took + _GRACE * took)
       awaited = any(t.round == self.round for t in ledger.under_way.values())
       if not awaited and (taken or any(s.phase == 'idle' for s in self._seats)):
         break
       self._fill()
-      self._take(self._pool.wait(min(ends - now, 1.0)), taken)
+      # The last look finds what is there, however late it is by now.
+      left = ends - time.monotonic()
+      self._take(self._pool.wait(min(max(left, 0.0), 1.0)), taken)
     return self._close_round(taken, began)
 
   def _close_round(self, taken, began):
-    weights = {
-      tag: self._patience.staleness(age)
-      if (age := self._ledger.age(tag))
-      else 1
-      for tag in sorted(taken)
-    }
-    total = sum(weights.values())
-    committed = total > 0 and self._move(taken, weights)
+    weigh = self._patience.weight
+    weights = {tag: weigh(self._ledger.age(tag)) for tag in sorted(taken)}
+    committed = self._anchor.move(taken, weights)
     fresh = [tag for tag in taken if tag.round == self.round]
     losses = [taken[tag].loss for tag in fresh]
     report = Round(
@@ -358,48 +261,18 @@ class Coordinator:
       {
         t.replica: self.round - t.round for t in sorted(set(taken) - set(fresh))
       },
-      total,
+      sum(weights.values()),
       sum(losses) / len(losses) if losses else math.nan,
       self._received,
       tuple(self._events),
     )
     self._events.clear()
     self._ledger.close()
-    self._unsaved += committed
-    if self._saver is not None and self._unsaved >= self._save_every:
-      self._saver.save(self.round, self._state)
-      self._unsaved = 0
+    self._anchor.save(self.round)
     return report
 
-  def _move(self, taken, weights):
-    """Lets the outer optimizer follow; whether that was finite."""
-    total = None
-    for tag, weight in weights.items():
-      change = self._decode(tag, taken[tag])
-      change = optax.tree.scale(weight, change)
-      total = change if total is None else optax.tree.add(total, change)
-    scale = 1 / max(1.0, sum(weights.values()))
-    self._state, finite = self._follow(self._state, total, scale)
-    return bool(finite)
-
-  @functools.cached_property
-  def _follow(self):
-    def follow(state, total, scale):
-      anchor = state['params']
-      gradient = optax.tree.scale(-scale, total)
-      updates, outer = self._outer.update(gradient, state['outer'], anchor)
-      new = {'params': optax.apply_updates(anchor, updates), 'outer': outer}
-      finite = all_finite(new['params'])
-      return where(finite, new, state), finite
-
-    return jax.jit(follow)
-
-  def _decode(self, tag, change):
-    return self._wire.decode(change.words, tag.round, tag.replica)
-
   def _pack(self):
-    data = self._wire.pack_params(self.round, self._state['params'])
-    return self._pool.share(data)
+    return self._pool.share(self._anchor.pack(self.round))
 
   def _fill(self):
     """Starts replicas where there are none, and gives up those too slow."""
@@ -455,7 +328,7 @@ class Coordinator:
       wrong, detail = 'damaged', str(error)
     else:
       tag = Tag(*change.tag)
-      if not all_finite(self._decode(tag, change)):
+      if not self._anchor.is_finite(tag, change):
         wrong, detail = 'not finite', ''
     verdict = self._ledger.judge(tag, sound=not wrong)
     if verdict == Verdict.UNSOUND:

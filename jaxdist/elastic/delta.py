@@ -96,16 +96,20 @@ class Wire:
       UnpackError: if the bytes are damaged.
       ValueError: if they hold something else, or are of another agreement.
     """
-    words = [
-      np.zeros(jax.eval_shape(codes.payload_words, like).shape, np.uint32)
-      for *_, like in self._buckets
-    ]
     program = np.zeros(DIGEST_BYTES, np.uint8)
-    like = tuple(Change((0, 0, 0), program, words, 0.0, 0.0))
+    like = tuple(Change((0, 0, 0), program, self.nothing, 0.0, 0.0))
     change = Change(*unpack(data, like))
     if change.program.tobytes() != self.digest:
       raise ValueError('data is a change of another program.')
     return change
+
+  @functools.cached_property
+  def nothing(self) -> list[np.ndarray]:
+    """Words of zeros, such as those of a change."""
+    return [
+      np.zeros(jax.eval_shape(codes.payload_words, like).shape, np.uint32)
+      for *_, like in self._buckets
+    ]
 
   @functools.cached_property
   def encode(self):
@@ -136,7 +140,7 @@ class Wire:
 
   @functools.cached_property
   def decode(self):
-    """``(words, round, replica) -> change``. Compiled."""
+    """``(words, round, replica) -> (change, whether finite)``. Compiled."""
 
     def decode(words, round, replica):
       blocks = []
@@ -144,7 +148,8 @@ class Wire:
         payload = codes.payload_from_words(words[i], like)
         code, _ = self._draws(round, i, replica)
         blocks.append(code.decode(payload))
-      return self._tree(blocks)
+      change = self._tree(blocks)
+      return change, all_finite(change)
 
     return jax.jit(decode)
 

@@ -79,7 +79,9 @@ class Ledger:
     self.round = round
     self.counts: collections.Counter[str] = collections.Counter()
     self.under_way: dict[int, Tag] = {}
-    self._incarnations: dict[int, int] = {}
+    self._begun: dict[int, int] = {}
+    self._current: dict[int, int] = {}
+    self._last: dict[int, Tag] = {}
 
   def admit(self, replica: int) -> int:
     """Begins a new incarnation; all before it are fenced.
@@ -91,24 +93,28 @@ class Ledger:
       The incarnation's number.
     """
     self.fence(replica)
-    return self._incarnations[replica]
+    self._begun[replica] = self._begun.get(replica, 0) + 1
+    self._current[replica] = self._begun[replica]
+    return self._current[replica]
 
   def fence(self, replica: int) -> None:
     """Gives an incarnation up: whatever it sends from now on is refused."""
     if self.under_way.pop(replica, None):
       self.counts['lost'] += 1
-    self._incarnations[replica] = self._incarnations.get(replica, 0) + 1
+    self._current.pop(replica, None)
 
   def give(self, replica: int) -> Tag:
     """Books that a replica works on the open round.
 
     Raises:
-      ValueError: if it still has work, or was never admitted.
+      ValueError: if it has work, had that of this round, or is not admitted.
     """
-    if replica not in self._incarnations or replica in self.under_way:
+    tag = Tag(replica, self._current.get(replica, 0), self.round)
+    # Twice the same tag, and two changes could count for one.
+    had = self._last.get(replica) == tag
+    if not tag.incarnation or had or replica in self.under_way:
       raise ValueError(f'replica must be idle, got {replica!r}.')
-    tag = Tag(replica, self._incarnations[replica], self.round)
-    self.under_way[replica] = tag
+    self.under_way[replica] = self._last[replica] = tag
     self.counts['given'] += 1
     return tag
 
@@ -133,7 +139,7 @@ class Ledger:
     return verdict
 
   def _verdict(self, tag, sound):
-    if tag.incarnation != self._incarnations.get(tag.replica):
+    if tag.incarnation != self._current.get(tag.replica):
       return Verdict.FENCED
     if tag != self.under_way.get(tag.replica):
       return Verdict.UNKNOWN

@@ -46,7 +46,6 @@ class RayPool:
     agreement: Agreement,
     options: dict[str, Any],
   ):
-    self._build, self._agreement = build, agreement
     self._actor = ray.remote(max_restarts=0, max_task_retries=0, **options)(
       Replica
     )
@@ -55,12 +54,12 @@ class RayPool:
     self._owns_cluster = not ray.is_initialized()
     if self._owns_cluster:
       start_ray()
+    # Once for all that will be started, with what it closes over.
+    self._arguments = ray.put(build), agreement
 
   def start(self, replica: int, incarnation: int, message: bytes) -> None:
     """Makes an actor and lets it begin."""
-    actor = self._actor.remote(
-      self._build, self._agreement, replica, incarnation
-    )
+    actor = self._actor.remote(*self._arguments, replica, incarnation)
     self._actors[replica, incarnation] = actor
     self._ask('begin', replica, incarnation, message)
 
@@ -119,17 +118,22 @@ def start_ray() -> None:
   """Starts a quiet Ray cluster on this machine, of this process alone.
 
   It tells nobody: usage statistics are off unless ``RAY_USAGE_STATS_ENABLED``
-  says otherwise.
+  says otherwise. What can be imported here can be in the replicas.
   """
   os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-  with warnings.catch_warnings():
-    # What is forked here goes on as another program at once.
-    warnings.filterwarnings('ignore', r'os\.fork\(\) was called')
-    ray.init(
-      address='local',
-      include_dashboard=False,
-      log_to_driver=False,
-      logging_level='ERROR',
-      # So that what can be imported here can be in the replicas.
-      runtime_env={'env_vars': {'PYTHONPATH': os.pathsep.join(sys.path)}},
-    )
+  before = os.environ.get('PYTHONPATH')
+  os.environ['PYTHONPATH'] = os.pathsep.join(sys.path)
+  try:
+    with warnings.catch_warnings():
+      # What is forked here goes on as another program at once.
+      warnings.filterwarnings('ignore', r'os\.fork\(\) was called')
+      ray.init(
+        address='local',
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level='ERROR',
+      )
+  finally:
+    os.environ.pop('PYTHONPATH')
+    if before is not None:
+      os.environ['PYTHONPATH'] = before

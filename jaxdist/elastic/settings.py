@@ -108,6 +108,10 @@ class Patience:
   staleness: Callable[[int], float]
   start_timeout: float
 
+  def weight(self, age: int) -> float:
+    """Of a change; 1 for one of the open round."""
+    return float(self.staleness(age)) if age else 1.0
+
   @classmethod
   def checked(
     cls,

@@ -174,6 +174,7 @@ class Replica:
 
   def _encode(self, anchor, params, round):
     """What is sent of a change; what is dropped of it stays here."""
+    params = whole(params)
     beside = lambda x, p: jax.device_put(x, p.sharding)
     anchor = jax.tree.map(beside, anchor, params)
     residual = self._residual
@@ -183,3 +184,11 @@ class Replica:
       anchor, params, residual, round, self._replica
     )
     return words, owed, finite
+
+
+def whole(params: optax.Params) -> optax.Params:
+  """Parameters on one device; the host's, if they lie on several."""
+  params = jax.tree.map(jnp.asarray, params)
+  if all(len(p.sharding.device_set) == 1 for p in jax.tree.leaves(params)):
+    return params
+  return jax.device_put(jax.device_get(params), jax.devices('cpu')[0])

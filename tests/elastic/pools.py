@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 
+import jaxdist as jd
 from jaxdist import elastic
 from jaxdist.elastic.pool import Answer
 from jaxdist.elastic.replica import Replica
@@ -11,21 +12,32 @@ from jaxdist.elastic.replica import Replica
 WEIGHTS = 0.5 ** np.arange(10)
 
 
+class Clock:
+  """Goes on only where somebody waits."""
+
+  now = 0.0
+
+  def monotonic(self):
+    return self.now
+
+
 class Here:
   """A pool in this process; a script may say how replicas answer.
 
   ``script[replica, round]`` is what happens instead of an answer: ``'die'``,
-  ``'garbage'``, ``'twice'``, or the round in which it comes.
+  ``'raise'``, ``'garbage'``, ``'twice'``, or the round in which it comes.
   """
 
-  def __init__(self, build, agreement, options, script=None):
+  def __init__(self, build, agreement, options, script=None, clock=None):
     del options
+    self.clock = clock or Clock()
     self.make = lambda *key: Replica(build, agreement, *key)
     self.script = script or {}
     self.replicas, self.answers, self.waiting = {}, [], []
     self.round, self.wire = 0, None
 
   def share(self, message):
+    self.round = jd.unpack(message)['round']
     return message
 
   def start(self, replica, incarnation, message):
@@ -36,7 +48,6 @@ class Here:
 
   def give(self, replica, incarnation, message):
     made = self.replicas[replica, incarnation]
-    self.round, _ = made._wire.unpack_params(message)
     answer = Answer(replica, incarnation, 'work', made.work(message))
     how = self.script.get((replica, self.round), 'answer')
     if how == 'die':
@@ -45,7 +56,7 @@ class Here:
     elif how == 'raise':
       self.answers.append(answer._replace(value=RuntimeError('it raised')))
     elif how == 'garbage':
-      self.answers.append(answer._replace(value=answer.value[:-1] + b'x'))
+      self.answers.append(answer._replace(value=answer.value[:-1]))
     elif how == 'twice':
       self.answers += [answer, answer]
     elif how == 'answer':
@@ -61,9 +72,9 @@ class Here:
       self.waiting.remove(item)
       self.answers.append(item[1])
     if not self.answers:
-      time.sleep(max(seconds, 0))
-      return []
-    return [self.answers.pop(0)]
+      self.clock.now += seconds
+    answers, self.answers = self.answers, []
+    return answers
 
   def close(self):
     pass

@@ -199,6 +199,7 @@ def train(
     save_every=10,
     pool=bringer.pool,
   )
+  made = time.monotonic()
   with contextlib.ExitStack() as stack:
     stack.enter_context(coordinator)
     rounds = coordinator.rounds(sys.maxsize)
@@ -210,7 +211,6 @@ def train(
     stack.callback(bringer.stop)
     began = time.monotonic()
     bringer.start(lambda: coordinator.seats)
-    offset = first.events[-1].seconds + first.seconds if first.events else 0.0
     for report in rounds:
       now = time.monotonic() - began
       committed += report.weight * tokens_each * report.committed
@@ -246,7 +246,8 @@ def train(
     'name': name,
     'lines': lines,
     'events': [
-      {**event._asdict(), 'seconds': event.seconds - offset} for event in events
+      {**event._asdict(), 'seconds': event.seconds + made - began}
+      for event in events
     ],
     'faults': [dataclasses.asdict(fault) for fault in faults],
     'samples': samples,

@@ -1,4 +1,4 @@
-"""The tests find their neighbour; one Ray cluster for those that need it."""
+"""The tests find their neighbour; one Ray cluster a file."""
 
 import sys
 from pathlib import Path
@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 collect_ignore = ['pools.py']
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def cluster():
-  """Ray on this machine, until all tests are done."""
+  """Ray on this machine, until the tests of a file are done."""
   ray = pytest.importorskip('ray', reason='needs jaxdist[ray]')
   from jaxdist.elastic.pool import start_ray
 

@@ -57,14 +57,14 @@ class RayPool:
     # Once for all that will be started, with what it closes over.
     self._arguments = ray.put(build), agreement
 
-  def start(self, replica: int, incarnation: int, message: bytes) -> None:
-    """Makes an actor and lets it begin."""
+  def start(self, replica: int, incarnation: int, message: Any) -> None:
+    """Makes an actor and lets it begin; ``message`` comes from share."""
     actor = self._actor.remote(*self._arguments, replica, incarnation)
     self._actors[replica, incarnation] = actor
     self._ask('begin', replica, incarnation, message)
 
   def give(self, replica: int, incarnation: int, message: Any) -> None:
-    """Lets an actor work on a round; ``message`` may come from share."""
+    """Lets an actor work on a round; ``message`` comes from share."""
     self._ask('work', replica, incarnation, message)
 
   def share(self, message: bytes) -> Any:

@@ -27,7 +27,7 @@ def test_schedule_has_all_kinds():
 
 
 @pytest.mark.parametrize(
-  'minutes', [0.4, pytest.param(1.0, marks=pytest.mark.slow)]
+  'minutes', [0.3, pytest.param(1.0, marks=pytest.mark.slow)]
 )
 def test_chaos(minutes, tmp_path):
   print(f'seed {SEED}')

@@ -187,10 +187,13 @@ class Coordinator:
     self._anchor.wait()
 
   def close(self) -> None:
-    """Ends all replicas."""
+    """Ends all replicas; more rounds would begin with new ones."""
     pool, self._pool = self._pool, None
     if pool is not None:
       pool.close()
+      for replica, seat in enumerate(self._seats):
+        self._ledger.fence(replica)
+        self._seats[replica] = Seat(seat.incarnation)
     self._anchor.wait()
 
   def __enter__(self) -> 'Coordinator':
@@ -306,9 +309,10 @@ class Coordinator:
         kind = 'died' if answer.died else 'failed'
         self._end(replica, kind, value)
       elif value['program'] != self._wire.digest:
-        raise ReplicaError(
-          f'replica {replica} runs another program or version of jaxdist.'
-        )
+        why = 'it has another version of jaxdist'
+        if at_start:
+          raise ReplicaError(f'replica {replica} cannot start: {why}.')
+        self._end(replica, 'failed', why)
       else:
         seat.pid, seat.host = value['pid'], value['host']
         seat.failed_starts = 0

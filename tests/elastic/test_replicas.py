@@ -164,7 +164,7 @@ def test_many_devices_inside():
     pool=pools.Here,
   ) as outer:
     list(outer.rounds(1))
-  assert all(seat.owed > 0 for seat in outer.seats)
+    assert all(seat.owed > 0 for seat in outer.seats)
   moved = outer.params != params
   assert 512 <= np.sum(moved) <= 1023
   want = params - 0.19 * (params - 0.5)

@@ -66,9 +66,9 @@ def test_equals_diloco(code):
     pool=pools.Here,
   ) as coordinator:
     reports = list(coordinator.rounds(ROUNDS))
+    owed = [seat.owed for seat in coordinator.seats]
   assert [report.fresh for report in reports] == [(0, 1)] * ROUNDS
   assert coordinator.counts == {'given': 2 * ROUNDS, 'fresh': 2 * ROUNDS}
-  owed = [seat.owed for seat in coordinator.seats]
   assert all(owed) == (code is not None and not code.unbiased)
   for name, x in coordinator.params.items():
     assert x.dtype == want[name].dtype

@@ -313,6 +313,7 @@ def main() -> None:
   config = tyro.cli(
     Config,
     description=__doc__.partition('\n')[0],
+    config=(tyro.conf.FlagCreatePairsOff,),
   )
   try:
     check(config)

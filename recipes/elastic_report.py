@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,6 @@ from chaos import WORDS
 from page import COLORS, duration, html_table, page, svg
 from rich.table import Table
 
-# Unsound changes, by what the coordinator calls them.
-REFUSED = ('damaged', 'not finite')
 ENDS = ('died', 'fenced', 'failed')
 
 
@@ -61,55 +60,62 @@ def costs(run: dict[str, Any]) -> list[dict[str, Any]]:
     that were lost, the norm of the residual that went, how long the round took
     that it fell into, and seconds until the replicas it ended were back.
   """
-  usual = statistics.median(line['round_seconds'] for line in run['lines'])
   done = [fault for fault in run['faults'] if fault['done'] is not None]
-  found = []
-  for i, fault in enumerate(done):
-    words, lost, owed, back = [], 0, 0.0, 0.0
-    for replica, incarnation in fault['hit']:
-      later = [
-        other['done']
-        for other in done[i + 1 :]
-        if [replica, incarnation] in [list(key) for key in other['hit']]
-      ]
-      end = min(later, default=float('inf'))
-      event = consequence(run['events'], replica, incarnation, fault, end)
-      if event is None:
-        words.append('nothing was lost')
-        continue
-      words.append(spoken(event))
-      lost += event['kind'] not in ('late',)
-      if event['kind'] in ENDS:
-        owed += event['lost']
-        ready = [
-          e['seconds'] - fault['done']
-          for e in run['events']
-          if e['kind'] == 'ready'
-          and e['replica'] == replica
-          and e['incarnation'] > incarnation
-        ]
-        back = max(back, min(ready, default=float('nan')))
-    during = [
-      line['round_seconds']
-      for line in run['lines']
-      if line['seconds'] - line['round_seconds']
-      <= fault['done']
-      <= line['seconds']
-    ]
-    found.append(
-      {
-        'seconds': fault['done'],
-        'kind': fault['kind'],
-        'lasts': fault['lasts'],
-        'replicas': [replica for replica, _ in fault['hit']],
-        'outcome': ', '.join(dict.fromkeys(words)) or 'met nobody',
-        'changes_lost': lost,
-        'residual_lost': owed,
-        'round_seconds': during[0] if during else usual,
-        'back_seconds': back,
-      }
-    )
-  return found
+  return [cost(run, fault, done[i + 1 :]) for i, fault in enumerate(done)]
+
+
+def cost(run, fault, later) -> dict[str, Any]:
+  """What one fault cost; ``later`` are those after it."""
+  words, lost, owed, back = [], 0, 0.0, []
+  for replica, incarnation in fault['hit']:
+    after = [f['done'] for f in later if is_hit(f, replica, incarnation)]
+    end = min(after, default=math.inf)
+    event = consequence(run['events'], replica, incarnation, fault, end)
+    if event is None:
+      words.append('nothing was lost')
+      continue
+    words.append(spoken(event))
+    lost += event['kind'] != 'late'
+    if event['kind'] in ENDS:
+      owed += event['lost']
+      back.append(return_of(run['events'], replica, incarnation))
+  rounds = [
+    line['round_seconds']
+    for line in run['lines']
+    if 0 <= line['seconds'] - fault['done'] <= line['round_seconds']
+  ]
+  return {
+    'seconds': fault['done'],
+    'kind': fault['kind'],
+    'lasts': fault['lasts'],
+    'replicas': [replica for replica, _ in fault['hit']],
+    'outcome': ', '.join(dict.fromkeys(words)) or 'met nobody',
+    'changes_lost': lost,
+    'residual_lost': owed,
+    'round_seconds': rounds[0] if rounds else None,
+    'back_seconds': None
+    if not back or None in back
+    else max(back) - fault['done'],
+  }
+
+
+def is_hit(fault, replica, incarnation) -> bool:
+  """Whether a fault met an incarnation of a replica."""
+  return [replica, incarnation] in map(list, fault['hit'])
+
+
+def return_of(events, replica, incarnation) -> float | None:
+  """When a replica was ready again after an incarnation, if it was."""
+  return next(
+    (
+      event['seconds']
+      for event in events
+      if event['kind'] == 'ready'
+      and event['replica'] == replica
+      and event['incarnation'] > incarnation
+    ),
+    None,
+  )
 
 
 def consequence(events, replica, incarnation, fault, end):
@@ -270,8 +276,10 @@ def fault_table(table: list[dict[str, Any]]) -> str:
       cost['outcome'],
       str(cost['changes_lost']),
       f'{cost["residual_lost"]:.2g}',
-      duration(cost['round_seconds']),
-      duration(cost['back_seconds']) if cost['back_seconds'] else '-',
+      *(
+        '-' if cost[name] is None else duration(cost[name])
+        for name in ('round_seconds', 'back_seconds')
+      ),
     )
     for cost in table
   ]

@@ -70,19 +70,28 @@ def program(
   )
 
 
+# Optax's states that count all steps; not all of them are public.
+_SCHEDULES = (
+  'ScaleByScheduleState',
+  'InjectStatefulHyperparamsState',
+  'WrappedScheduleState',
+)
+
+
 def at_step(state: optax.OptState, step: int) -> optax.OptState:
   """Sets the schedules in an optimizer's state to a step.
 
   What corrects the bias of new moments still counts from 0.
   """
-  schedules = ('ScaleByScheduleState', 'WarmupState')
-
-  def is_schedule(path, _):
-    return getattr(path[-1], 'tuple_name', '') in schedules
-
-  if not optax.tree.get_all_with_path(state, 'count', is_schedule):
+  inside = lambda x: at_step(x, step)
+  if isinstance(state, dict):
+    return {key: inside(x) for key, x in state.items()}
+  if isinstance(state, tuple) and hasattr(state, '_fields'):
+    state = type(state)(*map(inside, state))
+    if type(state).__name__ in _SCHEDULES:
+      state = state._replace(count=jnp.int32(step))
     return state
-  return optax.tree.set(state, is_schedule, count=jnp.int32(step))
+  return tuple(map(inside, state)) if isinstance(state, tuple) else state
 
 
 class Replica:

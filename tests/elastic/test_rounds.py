@@ -14,6 +14,7 @@ import jaxdist as jd
 pytest.importorskip('ray', reason='needs jaxdist[ray]')
 
 from jaxdist import elastic
+from jaxdist.elastic.replica import at_step
 
 REPLICAS, EVERY, ROUNDS = 2, 3, 4
 NESTEROV = optax.sgd(0.7, momentum=0.9, nesterov=True)
@@ -161,6 +162,17 @@ def test_faults(monkeypatch):
   counts = coordinator.counts
   ended = ('fresh', 'late', 'stale', 'unsound', 'lost')
   assert counts['given'] == sum(counts.get(name, 0) for name in ended)
+
+
+def test_schedules_go_on():
+  rate = optax.linear_schedule(1.0, 0.0, 10)
+  inject = optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
+  tx = optax.chain(optax.scale_by_adam(), optax.sgd(rate), inject)
+  adam, sgd, injected = at_step(tx.init(jnp.zeros(2)), 7)
+  assert adam.count == 0 and sgd[1].count == 7
+  update, _ = inject.update(jnp.ones(2), injected)
+  np.testing.assert_allclose(update, -0.3, rtol=1e-5)
+  assert at_step((), 7) == ()
 
 
 BAD = {

@@ -105,5 +105,5 @@ def test_costs():
   assert killed['back_seconds'] == 7.0 and killed['round_seconds'] == 4.0
   late = costs('slow', [(13.0, 'late', 0, 1, 'of round 2', 0.0)])
   assert late['outcome'] == 'came late (of round 2) and counted less'
-  assert late['changes_lost'] == 0 and late['back_seconds'] == 0
+  assert late['changes_lost'] == 0 and late['back_seconds'] is None
   assert costs('stop', [])['outcome'] == 'nothing was lost'

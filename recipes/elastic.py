@@ -324,6 +324,8 @@ def main() -> None:
       run(config, Console())
   except (ValueError, ImportError) as error:
     sys.exit(f'elastic.py: {error}')
+  except KeyboardInterrupt:
+    sys.exit(130)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ from jaxdist import elastic
 from jaxdist.elastic.pool import Answer
 from jaxdist.elastic.replica import Replica
 
-WEIGHTS = 0.5 ** np.arange(10)
+STALENESS = 0.2
 
 
 class Clock:
@@ -102,7 +102,7 @@ def moved(reports):
   for report in reports:
     applied = [(1.0, change(i, report.round)) for i in report.fresh]
     for replica, age in report.late.items():
-      applied.append((WEIGHTS[age], change(replica, report.round - age)))
+      applied.append((STALENESS**age, change(replica, report.round - age)))
     if applied:
       weights, changes = zip(*applied, strict=True)
       total += np.dot(weights, changes) / max(1, sum(weights))

@@ -27,7 +27,8 @@ DEADLINE = 3.0
 def coordinator(seconds, **options):
   build = functools.partial(pools.telling, seconds=seconds)
   defaults = {'replicas': 4, 'outer': optax.sgd(1.0), 'every': 1}
-  options = {'deadline': DEADLINE} | defaults | options
+  defaults |= {'deadline': DEADLINE, 'staleness': pools.STALENESS}
+  options = defaults | options
   return elastic.Coordinator(build, START, **options)
 
 

@@ -120,6 +120,7 @@ def test_faults(monkeypatch):
     every=1,
     deadline=deadline,
     max_staleness=2,
+    staleness=pools.STALENESS,
     pool=functools.partial(pools.Here, script=SCRIPT, clock=clock),
   ) as coordinator:
     reports = list(coordinator.rounds(21))

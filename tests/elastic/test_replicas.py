@@ -1,0 +1,172 @@
+"""Elastic replicas as real processes: killed, stopped and woken."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pools
+import pytest
+
+import jaxdist as jd
+
+pytest.importorskip('ray', reason='needs jaxdist[ray]')
+
+from jaxdist import elastic
+
+START = np.ones(5, np.float32)
+DEADLINE = 3.0
+
+
+def coordinator(seconds, **options):
+  build = functools.partial(pools.telling, seconds=seconds)
+  defaults = {'replicas': 4, 'outer': optax.sgd(1.0), 'every': 1}
+  defaults |= {'deadline': DEADLINE, 'staleness': pools.STALENESS}
+  options = defaults | options
+  return elastic.Coordinator(build, START, **options)
+
+
+def run_until(rounds, reports, done, most=60.0):
+  """Rounds until something is so."""
+  ends = time.monotonic() + most
+  while not done():
+    assert time.monotonic() < ends, reports[-1]
+    reports.append(next(rounds))
+
+
+def kinds(reports, replica):
+  return [
+    (event.kind, event.incarnation)
+    for report in reports
+    for event in report.events
+    if event.replica == replica
+  ]
+
+
+def test_signals(cluster):
+  with coordinator(0.2, quorum=2, max_staleness=4) as outer:
+    rounds = outer.rounds(10**6)
+    reports = [next(rounds)]
+    assert reports[0].fresh == (0, 1, 2, 3)
+    pids = [seat.pid for seat in outer.seats]
+    # Two at once; one that is woken in time, one that is not.
+    os.kill(pids[0], signal.SIGKILL)
+    os.kill(pids[1], signal.SIGKILL)
+    os.kill(pids[2], signal.SIGSTOP)
+    os.kill(pids[3], signal.SIGSTOP)
+    reports.append(next(rounds))
+    os.kill(pids[2], signal.SIGCONT)
+    seats = lambda: [(seat.incarnation, seat.pid > 0) for seat in outer.seats]
+    run_until(rounds, reports, lambda: seats()[3][0] == 2)
+    os.kill(pids[3], signal.SIGCONT)  # A zombie.
+    everyone = lambda: reports[-1].fresh == (0, 1, 2, 3)
+    run_until(rounds, reports, everyone)
+    assert seats() == [(2, True), (2, True), (1, True), (2, True)]
+    assert not set(pids[:2] + pids[3:]) & {seat.pid for seat in outer.seats}
+    params = outer.params
+  for replica in (0, 1):
+    assert kinds(reports, replica) == [('ready', 1), ('died', 1), ('ready', 2)]
+  assert kinds(reports, 2) == [('ready', 1), ('late', 1)]
+  assert kinds(reports, 3)[:2] == [('ready', 1), ('fenced', 1)]
+  assert all(report.seconds < DEADLINE + 3 for report in reports)
+  # What is said to have counted did, once, and nothing else.
+  np.testing.assert_allclose(params, START + pools.moved(reports), rtol=1e-5)
+
+
+DIES = """
+import sys
+from pathlib import Path
+
+import test_replicas
+
+directory = Path(sys.argv[1])
+with test_replicas.coordinator(
+  0.05, replicas=2, directory=directory, options={'num_cpus': 0}
+) as outer:
+  for report in outer.rounds(10**6):
+    if report.round == 0:
+      print(*(seat.pid for seat in outer.seats), flush=True)
+    print(report.round, flush=True)
+"""
+
+
+def test_the_coordinator_is_killed(tmp_path):
+  here = str(Path(__file__).parent)
+  path = os.pathsep.join([here, *sys.path])
+  process = subprocess.Popen(
+    [sys.executable, '-c', DIES, tmp_path],
+    env={**os.environ, 'PYTHONPATH': path, 'JAX_PLATFORMS': 'cpu'},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    pids = list(map(int, process.stdout.readline().split()))
+    last = [int(process.stdout.readline()) for _ in range(12)][-1]
+  finally:
+    process.kill()
+    process.wait()
+    process.stdout.close()
+  committed = jd.latest_step(tmp_path)
+  # Round r is saved as r + 1, and the one before has been committed.
+  assert last <= committed
+  for _ in range(100):
+    if not any(map(alive, pids)):
+      break
+    time.sleep(0.1)
+  assert not any(map(alive, pids)), 'replicas outlive their coordinator'
+  with coordinator(0, replicas=2, directory=tmp_path, pool=pools.Here) as outer:
+    assert outer.round == committed
+    reports = list(outer.rounds(committed + 3))
+    assert [r.round - committed for r in reports] == [0, 1, 2]
+  want = START + np.sum(
+    [
+      (pools.change(0, round) + pools.change(1, round)) / 2
+      for round in range(committed + 3)
+    ],
+    axis=0,
+  )
+  np.testing.assert_allclose(outer.params, want, rtol=1e-5)
+
+
+def alive(pid):
+  try:
+    return 'Z' not in Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2]
+  except OSError:
+    return False
+
+
+def test_many_devices_inside():
+  """Parameters may be cut over the devices of a replica."""
+  mesh = jax.make_mesh((8,), ('fsdp',))
+  cut = jax.NamedSharding(mesh, jax.P('fsdp'))
+  params = np.arange(1024, dtype=np.float32)
+
+  def build(replica):
+    step = jax.jit(lambda x: x - 0.1 * (x - replica), out_shardings=cut)
+    return elastic.Program(
+      lambda params, step: None,
+      lambda params, state, number: (step(params), state, np.float32(0)),
+    )
+
+  with elastic.Coordinator(
+    build,
+    params,
+    replicas=2,
+    outer=optax.sgd(1.0),
+    every=2,
+    deadline=30.0,
+    compressor=jd.top_k(0.5),
+    pool=pools.Here,
+  ) as outer:
+    list(outer.rounds(1))
+    assert all(seat.owed > 0 for seat in outer.seats)
+  moved = outer.params != params
+  assert 512 <= np.sum(moved) <= 1023
+  want = params - 0.19 * (params - 0.5)
+  np.testing.assert_allclose(outer.params[-400:], want[-400:], rtol=1e-5)

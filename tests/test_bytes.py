@@ -45,10 +45,15 @@ def test_claimed_bytes_are_compiled_bytes(name, workers, make_mesh):
 
 
 # What is gathered is the same for any number of workers. Of two rounds the five
-# blocks are padded for 3 workers, of two blocks each, and not for 5. Other
-# numbers are those of test_claimed_bytes_are_compiled_bytes.
+# blocks are padded for 3 workers, of two blocks each, and not for 5.
 @pytest.mark.parametrize(
-  ('method', 'counts'), [('gather', [3]), ('two_shot', [3, 5])]
+  ('method', 'counts'),
+  [
+    ('gather', [3]),
+    ('two_shot', [3, 5]),
+    pytest.param('gather', [2, 5, 8], marks=pytest.mark.slow),
+    pytest.param('two_shot', [2, 8], marks=pytest.mark.slow),
+  ],
 )
 @pytest.mark.parametrize('name', COMPRESSORS)
 def test_every_code_in_every_pattern(name, method, counts, make_mesh):

@@ -30,6 +30,7 @@ import text
 import tyro
 from flax import nnx
 from model import Transformer, next_byte_loss
+from place import hush_tpu_compiler
 from rich.console import Console
 from rich.live import Live
 
@@ -315,6 +316,7 @@ def main() -> None:
     description=__doc__.partition('\n')[0],
     config=(tyro.conf.FlagCreatePairsOff,),
   )
+  hush_tpu_compiler()
   try:
     check(config)
     with record.locked(config.out):

@@ -18,6 +18,16 @@ def launch() -> str:
   return os.environ.get('SLURM_JOB_ID') or f'process {os.getppid()}'
 
 
+def hush_tpu_compiler() -> None:
+  """Tells the TPU compiler where it is; without a TPU it complains otherwise.
+
+  To be called before JAX is first used.
+  """
+  if not glob.glob('/dev/accel[0-9]*') + glob.glob('/dev/vfio/[0-9]*'):
+    os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
+    os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+
+
 def prepare_devices(workers: int | None, processes: int = 1) -> None:
   """Divides the CPU into devices; to be called before JAX is first used.
 
@@ -36,10 +46,7 @@ def prepare_devices(workers: int | None, processes: int = 1) -> None:
       f'--workers must be divisible by the number of processes, {processes}, '
       f'got {workers}.'
     )
-  if not glob.glob('/dev/accel[0-9]*') + glob.glob('/dev/vfio/[0-9]*'):
-    # A TPU compiler without a TPU complains unless it is told where it is.
-    os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
-    os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  hush_tpu_compiler()
   platforms = jax.config.jax_platforms
   if platforms and 'cpu' not in platforms.split(','):
     jax.config.update('jax_platforms', f'{platforms},cpu')

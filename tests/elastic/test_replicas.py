@@ -134,6 +134,30 @@ def test_the_coordinator_is_killed(tmp_path):
   np.testing.assert_allclose(outer.params, want, rtol=1e-5)
 
 
+WITHOUT_RAY = """
+import sys
+
+sys.modules['ray'] = None  # As if it were not installed.
+import jaxdist
+
+try:
+  import jaxdist.elastic
+except ImportError as error:
+  print(error)
+"""
+
+
+def test_without_ray():
+  said = subprocess.run(
+    [sys.executable, '-c', WITHOUT_RAY],
+    env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  assert said == "jaxdist.elastic needs Ray: pip install 'jaxdist[ray]'.\n"
+
+
 def alive(pid):
   try:
     return 'Z' not in Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2]

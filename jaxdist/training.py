@@ -87,7 +87,7 @@ def init(
     (4, 3)
   """
   _check_workers(mesh, workers, axis, specs)
-  exchanged_leaves(params, 'params')
+  exchanged_leaves(jax.eval_shape(lambda params: params, params), 'params')
   tx = lifting.lifted(tx, axis)
 
   def worker_init(params):

@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.live import Live
 
 import jaxdist as jd
+from jaxdist.elastic.settings import Patience
 
 VALIDATION_ROWS = 128
 CHAOS, CALM = 'with faults', 'without faults'
@@ -114,6 +115,15 @@ def check(config: Config) -> None:
       '--width must be an even multiple of --heads, got '
       f'{config.width} and {config.heads}.'
     )
+  jd.quantize(bits=config.bits)
+  Patience.checked(
+    config.replicas,
+    config.quorum,
+    config.deadline,
+    config.max_staleness,
+    staleness=1.0,
+    start_timeout=1.0,
+  )
   done = config.out / 'runs.json'
   if done.exists() and not config.overwrite:
     raise ValueError(

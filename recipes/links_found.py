@@ -173,16 +173,17 @@ def sooner(own: Found, peer: Found) -> float | None:
   """How many times sooner than a peer it has a loss that both reach.
 
   That is the higher of both last losses, in each round; the median over rounds.
-  None where a run has diverged.
+  None where a run has diverged, or has learnt nothing.
   """
   found = []
   for i, (a, b) in enumerate(zip(own.losses, peer.losses, strict=True)):
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
       return None
     loss = max(a[-1], b[-1])
-    found.append(
-      time_to(loss, peer.clock(i), b) / time_to(loss, own.clock(i), a)
-    )
+    times = time_to(loss, peer.clock(i), b), time_to(loss, own.clock(i), a)
+    if not all(times):
+      return None
+    found.append(times[0] / times[1])
   return statistics.median(found)
 
 

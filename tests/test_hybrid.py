@@ -233,8 +233,12 @@ def test_bytes_between_workers_are_claimed_and_none_more_inside(
 def test_what_a_method_sends_whole_goes_shard_by_shard_too(name, dense_inside):
   """Warm-ups, reference points and vectors gather nothing inside a worker."""
   sharded = jd.per_shard(CODED['two_shot_sign'], SPECS)
+  mixed = jd.partition(
+    {'bias': jd.mean('dcn'), 'matrix': sharded},
+    {'w': 'matrix', 'v': 'matrix', 'b': 'bias'},
+  )
   tx = {
-    'one_bit_lamb': lambda: jd.one_bit_lamb(1e-2, sharded, warmup_steps=2),
+    'one_bit_lamb': lambda: jd.one_bit_lamb(1e-2, mixed, warmup_steps=2),
     'masha2': lambda: jd.masha2(0.1, sharded, keep=0.5),
     'dgc': lambda: optax.chain(jd.dgc(sharded), optax.sgd(0.1)),
   }[name]()

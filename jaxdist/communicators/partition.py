@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jaxdist.communicators import base, collectives
+from jaxdist.communicators.uncompressed import of_parts
 
 
 def partition(
@@ -101,5 +102,7 @@ def partition(
     agrees=one.agrees,
     late=any(c.late for c in communicators.values()),
     encodes_twice=any(c.encodes_twice for c in communicators.values()),
-    uncompressed=one.uncompressed,
+    uncompressed=of_parts(
+      communicators, lambda parts: partition(parts, labels)
+    ),
   )

@@ -7,6 +7,7 @@ import jax
 
 from jaxdist import state as worker_state
 from jaxdist.communicators import base, collectives
+from jaxdist.communicators.uncompressed import of_parts
 
 
 def per_leaf(
@@ -98,7 +99,7 @@ def per_leaf(
     agrees=one.agrees,
     late=any(c.late for c in levels.values()),
     encodes_twice=any(c.encodes_twice for c in levels.values()),
-    uncompressed=one.uncompressed,
+    uncompressed=of_parts(levels, lambda parts: per_leaf(parts, labels)),
   )
 
 

@@ -122,7 +122,7 @@ def staged(
     agrees=communicators[0].agrees,
     late=any(c.late for c in communicators),
     encodes_twice=any(c.encodes_twice for c in communicators),
-    uncompressed=communicators[0].uncompressed,
+    uncompressed=communicators[-1].uncompressed,
   )
 
 

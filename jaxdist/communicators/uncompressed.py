@@ -1,5 +1,8 @@
 """What methods send before they compress, or now and then."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from jaxdist.communicators.base import Communicator
 from jaxdist.communicators.mean import mean
 
@@ -18,3 +21,21 @@ def uncompressed(communicator: Communicator) -> Communicator:
   if communicator.uncompressed is None:
     return mean(communicator.axis)
   return communicator.uncompressed()
+
+
+def of_parts(
+  parts: Mapping[Any, Communicator],
+  make: Callable[[Mapping[Any, Communicator]], Communicator],
+) -> Callable[[], Communicator] | None:
+  """``Communicator.uncompressed`` of one that is made of parts.
+
+  Args:
+    parts: what sends in it.
+    make: makes such a communicator of others.
+
+  Returns:
+    None where ``jd.mean(axis)`` serves all of them.
+  """
+  if not any(part.uncompressed for part in parts.values()):
+    return None
+  return lambda: make({k: uncompressed(part) for k, part in parts.items()})

@@ -46,9 +46,9 @@ class Coordinator:
 
   A change counts once, by its tag of replica, incarnation and round. What was
   damaged on its way, is not finite, or is of another program is refused; after
-  three in a row a replica is replaced. So is one that dies, or that works on a
-  round for more than ``max_staleness`` others: from then on nothing that its
-  process sends is taken, also if it wakes up. The new one begins with the outer
+  three in a row a replica is replaced. So is one that dies, or whose change is
+  more than ``max_staleness`` rounds late: from then on nothing that its process
+  sends is taken, also if it wakes up. The new one begins with the outer
   parameters, a new inner state and no residual: it needs no disk. What the
   residual held is lost with the process, and each :class:`Event` says how much;
   a slow replica keeps its own.
@@ -73,7 +73,8 @@ class Coordinator:
       next change. ``None``: if the code is biased.
     decay: :math:`\beta` in (0, 1]; below 1 forgets old residuals.
     quorum: fresh changes that are enough; ``None``: those of all replicas.
-    max_staleness: rounds that a change may be late; 0 drops late ones.
+    max_staleness: rounds that a change may be late; a replica that has not sent
+      it by then is replaced.
     staleness: the weight of a change one round late, raised to its age; or a
       function from the age.
     seed: of codes that draw random numbers.
@@ -140,6 +141,7 @@ class Coordinator:
     self._ledger = Ledger(max_staleness, self._anchor.first)
     self._seats = [Seat() for _ in range(replicas)]
     self._events: list[Event] = []
+    self._taken: dict[Tag, Change] = {}  # In the open round.
     self._began = time.monotonic()
     self._open = pool
     self._build, self._options = build, options or {}
@@ -228,12 +230,12 @@ class Coordinator:
       if ledger.age(tag) > patience.max_staleness:
         self._end(replica, 'fenced', f'no change since round {tag.round}')
     for replica, seat in enumerate(self._seats):
-      if seat.phase == 'idle':
+      # One that was interrupted may have had this round before.
+      if seat.phase == 'idle' and not ledger.had(replica):
         ledger.give(replica)
         self._pool.give(replica, seat.incarnation, self._message)
         self._enter(seat, 'working')
-    taken: dict[Tag, Change] = {}
-    enough = False
+    taken, enough = self._taken, False
     left = patience.deadline
     while left > 0:
       fresh = [tag for tag in taken if tag.round == self.round]
@@ -270,6 +272,7 @@ class Coordinator:
       tuple(self._events),
     )
     self._events.clear()
+    self._taken.clear()
     self._ledger.close()
     self._anchor.save(self.round)
     return report
@@ -284,7 +287,7 @@ class Coordinator:
       waited = now - seat.since
       if seat.phase == 'starting' and waited > self._patience.start_timeout:
         self._end(replica, 'failed', f'not started in {waited:.0f} s')
-      pause = min(2**seat.failed_starts - 1, 60)
+      pause = min(2**seat.failures - 1, 60)
       if seat.phase == 'empty' and waited >= pause:
         seat.incarnation = self._ledger.admit(replica)
         self._enter(seat, 'starting')
@@ -301,7 +304,7 @@ class Coordinator:
       if isinstance(value, bytes):
         self._received += len(value)
         self._judge(answer, taken)
-      elif answer.incarnation != seat.incarnation:
+      elif answer.incarnation != seat.incarnation or seat.phase == 'empty':
         continue  # The end of one that was given up.
       elif isinstance(value, Exception):
         if at_start and not answer.died:
@@ -315,7 +318,6 @@ class Coordinator:
         self._end(replica, 'failed', why)
       else:
         seat.pid, seat.host = value['pid'], value['host']
-        seat.failed_starts = 0
         self._enter(seat, 'idle')
         self._note('ready', replica, seat.incarnation)
 
@@ -331,8 +333,12 @@ class Coordinator:
     except ValueError as error:
       wrong, detail = 'damaged', str(error)
     else:
-      tag = Tag(*change.tag)
-      if not self._anchor.is_finite(tag, change):
+      if change.tag[:2] == (replica, incarnation):
+        tag = Tag(*change.tag)
+      else:
+        wrong, detail = 'damaged', 'it is of another replica'
+      given = tag == self._ledger.under_way.get(replica)
+      if given and not wrong and not self._anchor.is_finite(tag, change):
         wrong, detail = 'not finite', ''
     verdict = self._ledger.judge(tag, sound=not wrong)
     if verdict == Verdict.UNSOUND:
@@ -347,6 +353,7 @@ class Coordinator:
     if change is not None:
       seat.owed = change.owed
     seat.strikes = seat.strikes + 1 if wrong else 0
+    seat.failures = seat.failures if wrong else 0
     if seat.strikes == _STRIKES:
       self._end(replica, 'fenced', f'{_STRIKES} unsound changes in a row')
 
@@ -356,15 +363,15 @@ class Coordinator:
     seat = self._seats[replica]
     lost = seat.owed / len(self._seats)
     self._note(kind, replica, seat.incarnation, detail, lost)
-    failed = seat.failed_starts + (seat.phase == 'starting')
+    failures = seat.failures + (kind == 'failed' or seat.phase == 'starting')
     self._pool.stop(replica, seat.incarnation)
     self._ledger.fence(replica)
     self._seats[replica] = Seat(
-      seat.incarnation, since=time.monotonic(), failed_starts=failed
+      seat.incarnation, since=time.monotonic(), failures=failures
     )
-    if all(seat.failed_starts >= _STRIKES for seat in self._seats):
+    if all(seat.failures >= _STRIKES for seat in self._seats):
       cause = why if isinstance(why, Exception) else None
-      raise ReplicaError(f'no replica can start: {detail}') from cause
+      raise ReplicaError(f'no replica can run: {detail}') from cause
 
   def _note(self, kind, replica, incarnation, detail='', lost=0.0):
     seconds = time.monotonic() - self._began

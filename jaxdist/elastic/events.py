@@ -70,7 +70,7 @@ class Seat:
     since: when that began, by ``time.monotonic()``.
     owed: the norm of its residual, as it last said.
     strikes: unsound changes in a row.
-    failed_starts: ends in a row before it was ready.
+    failures: starts and rounds in a row in which its program failed.
     pid: its process; 0 before it is ready.
     host: where that runs.
   """
@@ -80,6 +80,6 @@ class Seat:
   since: float = 0.0
   owed: float = 0.0
   strikes: int = 0
-  failed_starts: int = 0
+  failures: int = 0
   pid: int = 0
   host: str = ''

@@ -111,12 +111,17 @@ class Ledger:
     """
     tag = Tag(replica, self._current.get(replica, 0), self.round)
     # Twice the same tag, and two changes could count for one.
-    had = self._last.get(replica) == tag
-    if not tag.incarnation or had or replica in self.under_way:
+    busy = replica in self.under_way or self.had(replica)
+    if not tag.incarnation or busy:
       raise ValueError(f'replica must be idle, got {replica!r}.')
     self.under_way[replica] = self._last[replica] = tag
     self.counts['given'] += 1
     return tag
+
+  def had(self, replica: int) -> bool:
+    """Whether a replica was given the open round."""
+    last = self._last.get(replica)
+    return last == Tag(replica, self._current.get(replica, 0), self.round)
 
   def age(self, tag: Tag) -> int:
     """How many rounds later than the change's the open one is."""

@@ -57,7 +57,8 @@ class Agreement:
       ValueError: if they cannot, or one is out of range; names it.
       TypeError: if a parameter is not real floating point.
     """
-    exchanged_leaves(params, 'params')
+    like = jax.eval_shape(lambda params: params, params)
+    exchanged_leaves(like, 'params')
     checks.check_compressor(compressor)
     code = identity(block_size=128) if compressor is None else compressor
     if feedback is None:
@@ -69,7 +70,7 @@ class Agreement:
     elif decay != 1.0:
       raise ValueError(f'decay does nothing without feedback, got {decay}.')
     return cls(
-      jax.eval_shape(lambda: params),
+      like,
       checks.integer('every', every, 1),
       code,
       feedback,

@@ -212,6 +212,91 @@ def test_feedback_needs_a_code_that_contracts():
     )
 
 
+class Interrupted(pools.Here):
+  """One is interrupted while it waits in the second round."""
+
+  def wait(self, seconds):
+    if self.round == 1 and self.script.pop('interrupt', False):
+      raise KeyboardInterrupt
+    return super().wait(seconds)
+
+
+class Swapped(pools.Here):
+  """In the second round each of two messages says to be of the other."""
+
+  def wait(self, seconds):
+    answers = super().wait(seconds)
+    if self.round == 1:
+      answers = [a._replace(replica=1 - a.replica) for a in answers]
+    return answers
+
+
+class Stuck(pools.Here):
+  """The first process of the second replica does not come up."""
+
+  def start(self, replica, incarnation, message):
+    super().start(replica, incarnation, message)
+    if (replica, incarnation) == (1, 1):
+      self.answers.pop()
+
+  def stop(self, replica, incarnation):
+    super().stop(replica, incarnation)
+    end = RuntimeError('it was killed')
+    self.answers.append(pools.Answer(replica, incarnation, 'begin', end, True))
+
+  def wait(self, seconds):
+    self.clock.now += 1
+    return super().wait(seconds)
+
+
+def two_replicas(monkeypatch, pool, **options):
+  clock = pools.Clock()
+  monkeypatch.setattr('jaxdist.elastic.coordinator.time', clock)
+  return elastic.Coordinator(
+    pools.telling,
+    np.ones(5, np.float32),
+    replicas=2,
+    outer=optax.sgd(1.0),
+    every=1,
+    deadline=2.0,
+    pool=functools.partial(pool, clock=clock, **options),
+    start_timeout=2.5,
+  )
+
+
+def test_a_round_that_was_interrupted_goes_on(monkeypatch):
+  script = {'interrupt': True}
+  with two_replicas(monkeypatch, Interrupted, script=script) as coordinator:
+    with pytest.raises(KeyboardInterrupt):
+      list(coordinator.rounds(4))
+    reports = list(coordinator.rounds(4))
+  assert [report.fresh for report in reports] == [(0, 1)] * 3
+  assert coordinator.counts == {'given': 8, 'fresh': 8}
+
+
+def test_messages_of_another_replica_are_refused(monkeypatch):
+  with two_replicas(monkeypatch, Swapped) as coordinator:
+    reports = list(coordinator.rounds(4))
+  assert [r.fresh for r in reports] == [(0, 1), (), (0, 1), (0, 1)]
+  assert [event.kind for event in reports[1].events] == ['damaged'] * 2
+  np.testing.assert_allclose(
+    coordinator.params, 1 + pools.moved(reports), rtol=1e-5
+  )
+
+
+def test_a_replica_that_does_not_come_up_is_replaced(monkeypatch):
+  with two_replicas(monkeypatch, Stuck) as coordinator:
+    reports = list(coordinator.rounds(5))
+  seen = [
+    (event.kind, event.incarnation)
+    for report in reports
+    for event in report.events
+    if event.replica == 1
+  ]
+  assert seen == [('failed', 1), ('ready', 2)]
+  assert reports[-1].fresh == (0, 1)
+
+
 def test_a_program_that_cannot_start():
   def broken(replica):
     raise KeyError('no data')

@@ -21,7 +21,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +99,11 @@ def matrices(tree) -> list:
   return [x for x in jax.tree.leaves(tree) if x.ndim > 1]
 
 
+def in_order(labels: list) -> Callable[[Any], Any]:
+  """Labels of the leaves of a tree, whatever its structure."""
+  return lambda tree: jax.tree.unflatten(jax.tree.structure(tree), labels)
+
+
 def optimizer(communicator: jd.Communicator) -> optax.GradientTransformation:
   """Feedback for matrices through a communicator, then momentum."""
   parts = {'matrix': communicator, 'vector': jd.mean(AXIS)}
@@ -155,7 +160,7 @@ class Trainer:
     """A compiled step and what a worker sends in it for matrices."""
     key = tuple(labels)
     if key not in self.steps:
-      communicator = jd.per_leaf(self.levels, labels)
+      communicator = jd.per_leaf(self.levels, in_order(labels))
       step = jd.train_step(
         loss, optimizer(communicator), axis=AXIS, workers=WORKERS
       )
@@ -181,7 +186,7 @@ class Trainer:
     images = Images(seed)
     params = start(jax.random.key(seed))
     labels = [uniform] * len(matrices(params))
-    tx = optimizer(jd.per_leaf(self.levels, labels))
+    tx = optimizer(jd.per_leaf(self.levels, in_order(labels)))
     state = jd.init(tx, params, axis=AXIS, workers=WORKERS)
     sent, losses, choices = 0.0, [], []
     for index in range(steps):
@@ -276,7 +281,7 @@ def cost(console: Console) -> None:
   for family, (levels, uniform, _) in families().items():
     measure = Trainer(levels).measure.lower(params, batch).compile()
     measuring = seconds(functools.partial(measure, params, batch), 10)
-    chosen = jd.per_leaf(levels, [uniform] * (len(UNITS) - 1))
+    chosen = jd.per_leaf(levels, in_order([uniform] * (len(UNITS) - 1)))
     ways = {'compiled anew': chosen, 'branches': switched(levels, uniform)}
     for way, communicator in ways.items():
       compiling, step = times_of(optimizer(communicator), params, batch)

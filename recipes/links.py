@@ -251,7 +251,7 @@ def main() -> None:
   # This process only plans; it is to look for no accelerator.
   jax.config.update('jax_platforms', 'cpu')
   # Whatever ends this, the hosts are to be removed.
-  for number in (signal.SIGTERM, signal.SIGHUP):
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.default_int_handler)
   with contextlib.ExitStack() as stack:
     try:

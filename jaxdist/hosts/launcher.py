@@ -152,7 +152,9 @@ def _pump(lines, rank):
   with lines:
     for line in lines:
       text = line.decode(errors='replace').rstrip('\n')
-      print(f'[{rank}] {text}', file=sys.stderr, flush=True)
+      # In one piece, or those of two processes mix.
+      sys.stderr.write(f'[{rank}] {text}\n')
+      sys.stderr.flush()
 
 
 def _free_port():

@@ -138,7 +138,7 @@ def compile_for(
     mesh=mesh,
     in_specs=everywhere,
     out_specs=everywhere,
-    check_vma=False,
+    check_vma=False,  # It is only compiled: nothing is sent, or runs.
   )
   return jax.jit(manual).lower(*arrays).compile()
 

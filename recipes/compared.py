@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import record
-from page import duration, html_table, page, size, svg
+from page import duration, html_table, over_time, page, size, svg
 from rich.table import Table
 
 import jaxdist as jd
@@ -351,9 +351,7 @@ def draw_over_steps(axes, found: list[Compared]) -> None:
 
 def draw_over_time(axes, found: list[Compared], rate: float) -> None:
   draw_losses(axes, found, lambda each: each.steps * each.seconds[rate])
-  axes.set_xscale('log')
-  axes.xaxis.set_major_formatter(lambda value, _: duration(value))
-  axes.set_xlabel('predicted time')
+  over_time(axes, 'predicted time')
 
 
 def draw_losses(axes, found: list[Compared], x) -> None:

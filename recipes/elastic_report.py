@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from chaos import WORDS
+from matplotlib.ticker import EngFormatter
 from page import COLORS, duration, html_table, page, svg
 from rich.table import Table
 
@@ -308,9 +309,10 @@ def draw_losses(axes, runs) -> None:
     axes.plot(
       tokens, values, color=color, marker='o', markersize=3, label=run['name']
     )
+  axes.xaxis.set_major_formatter(EngFormatter())
   axes.set_xlabel('committed tokens')
   axes.set_ylabel('validation loss (nats a byte)')
-  axes.legend(frameon=False)
+  axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def draw_progress(axes, runs) -> None:
@@ -325,8 +327,9 @@ def draw_progress(axes, runs) -> None:
     if fault['done'] is not None:
       axes.axvline(fault['done'], color=COLORS[1], alpha=0.25, linewidth=1)
   axes.set_xlabel('seconds')
+  axes.yaxis.set_major_formatter(EngFormatter())
   axes.set_ylabel('committed tokens')
-  axes.legend(frameon=False)
+  axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def draw_memory(axes, run) -> None:
@@ -350,4 +353,4 @@ def draw_usage(axes, run, what, unit, label) -> None:
     )
   axes.set_xlabel('seconds')
   axes.set_ylabel(label)
-  axes.legend(frameon=False)
+  axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)

@@ -10,7 +10,7 @@ import links_goals
 import record
 from compared import COLORS
 from links_found import Found, Measured
-from page import duration, html_table, page, size, svg
+from page import duration, html_table, over_time, page, size, svg
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -255,8 +255,6 @@ def draw_losses(axes, what: tuple[Measured, str]) -> None:
         linewidth=1.5,
         label=run.name if j == 0 else None,
       )
-  axes.set_xscale('log')
-  axes.xaxis.set_major_formatter(lambda value, _: duration(value))
-  axes.set_xlabel('time in training; a line for each round')
+  over_time(axes, 'time in training; a line for each round')
   axes.set_ylabel('validation loss (nats a byte)')
   axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)

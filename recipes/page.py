@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 # Readable on white and on black.
 COLORS = ('#3d7edb', '#e0701b', '#2f9e6e', '#a55bd0')
@@ -53,6 +54,15 @@ def duration(seconds: float) -> str:
     return f'{seconds:.1f} s'
   minutes, seconds = divmod(round(seconds), 60)
   return f'{minutes} min {seconds} s'
+
+
+def over_time(axes, label: str) -> None:
+  """Makes the x axis one of seconds, logarithmic, with 1, 2 and 5 in words."""
+  axes.set_xscale('log')
+  axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes.xaxis.set_minor_locator(NullLocator())
+  axes.xaxis.set_major_formatter(lambda value, _: duration(value))
+  axes.set_xlabel(label)
 
 
 def html_table(columns, cells) -> str:

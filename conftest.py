@@ -4,11 +4,12 @@ import importlib.metadata
 import importlib.util
 import os
 
-# Nearly all of the tests' time is compiling; what they check doesn't depend on
-# these. The second saves two thirds of it; jaxlib 0.12 does not know it.
+# Much of the tests' time is compiling; what they check doesn't depend on these.
+# The last saves two thirds of it; jaxlib 0.12 does not know it.
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '')
   + ' --xla_backend_optimization_level=0'
+  + ' --xla_cpu_parallel_codegen_split_count=1'
   + ' --xla_cpu_use_fusion_emitters=false'
   * importlib.metadata.version('jaxlib').startswith('0.10.')
 )
@@ -29,6 +30,11 @@ jax.config.update('jax_cpu_enable_async_dispatch', False)
 # A first call compiles: a limit on its time would only find a busy machine.
 hypothesis.settings.register_profile('compiling', deadline=None)
 hypothesis.settings.load_profile('compiling')
+
+
+def pytest_xdist_auto_num_workers():
+  """One more than there are cores: some tests wait for processes of theirs."""
+  return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items):

@@ -261,7 +261,7 @@ def econtrol(axis, learning_rate):
   'scafcom',
   'SGD alone for 4 steps, held together by controls; the largest 5% of how '
   'momenta differ from them are averaged',
-  1.0,
+  3.0,
 )
 def scafcom(axis, learning_rate):
   return optax.chain(

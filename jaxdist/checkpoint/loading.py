@@ -19,14 +19,12 @@ from jaxdist.checkpoint.layout import (
   CorruptCheckpointError,
   absolute,
   check_there,
-  checkpoint_path,
-  checkpoints,
   context,
+  listed,
   raise_if_refused,
   read_record,
   without_pages,
 )
-from jaxdist.hosts import agreement
 from jaxdist.keys import is_key, key_impl
 from jaxdist.resize import (
   LeafSpec,
@@ -90,6 +88,7 @@ def restore(
       older jaxdist, without digests, or holds residuals that are not finite:
       every step from there on would be skipped.
     MissingProcessError: if another process does not call this in time.
+    OSError: if the file system refuses to list or to read.
 
   Warns:
     CorruptCheckpointWarning: if an older checkpoint was restored.
@@ -105,7 +104,7 @@ def restore(
     ...   jd.restore(directory, jd.PerWorker(jnp.zeros(1))).value
     Array([2.], dtype=float32)
   """
-  paths = _listed(directory)
+  paths = listed(directory)
   if step is not None:
     step = operator.index(step)
   steps = sorted(paths, reverse=True) if step is None else [step]
@@ -138,23 +137,6 @@ def restore(
       stacklevel=2,
     )
   return state
-
-
-def _listed(directory):
-  """The checkpoints that the first process sees; others may see an older list.
-
-  Network file systems keep listings for a while.
-  """
-  if jax.process_count() == 1:
-    return checkpoints(directory)
-  mine = sorted(checkpoints(directory)) if jax.process_index() == 0 else None
-  steps = agreement.decide(
-    'the checkpoints to restore',
-    mine,
-    lambda said: said[0],
-    range(jax.process_count()),
-  )
-  return {step: checkpoint_path(directory, step) for step in steps}
 
 
 def _read(path, like, reset_residuals):

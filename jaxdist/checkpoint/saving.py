@@ -17,7 +17,7 @@ from jaxdist.checkpoint.layout import (
   RECORD,
   absolute,
   context,
-  latest_step,
+  listed,
   make_record,
   system_numbers,
   without_pages,
@@ -66,6 +66,7 @@ def save(
       is traced, or is per worker and of another number of workers than the
       others.
     OSError: if the file system refuses: no space left, read-only.
+    MissingProcessError: if another process does not call this in time.
 
   Examples:
     >>> import tempfile
@@ -171,7 +172,7 @@ def _begin(directory, step, state, metadata, keep, copy):
   metadata = {} if metadata is None else metadata
   _check_json(metadata)
   arrays, leaves = _arrays_and_leaves(state)
-  newest = latest_step(directory)
+  newest = max(listed(directory), default=None)
   if newest is not None and step <= newest:
     raise ValueError(
       f'step must be larger than that of the newest checkpoint in {directory}, '

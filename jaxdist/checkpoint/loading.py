@@ -1,5 +1,6 @@
 """Reads a state and checks every shard of it."""
 
+import contextlib
 import gc
 import math
 import operator
@@ -305,12 +306,28 @@ def _load(path, targets):
   """What Orbax reads; None if it cannot, with no word of it."""
   if not targets:
     return {}
-  with context(), without_pages(), warnings.catch_warnings():
+  with context(), without_pages(), _forgetting_reads():
     try:
       return ocp.load_checkpointables(path, {ARRAYS: targets})[ARRAYS]
     except UNREADABLE as error:
       raise_if_refused(error, path)
-    # Reads that were begun warn when they are deleted.
-    warnings.simplefilter('ignore', RuntimeWarning)
-    gc.collect()
   return None
+
+
+@contextlib.contextmanager
+def _forgetting_reads():
+  """Deletes the reads that a failed load has begun, which warn of it.
+
+  They are still young then: to look through all that there is takes seconds in
+  a large process.
+  """
+  was_enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore', RuntimeWarning)
+      gc.collect(0)
+    if was_enabled:
+      gc.enable()

@@ -11,9 +11,11 @@ import re
 from collections.abc import Iterator
 from typing import Any, SupportsIndex
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxdist.digest import digest
+from jaxdist.hosts import agreement
 
 # 1 had no digests.
 _FORMAT = 2
@@ -99,10 +101,37 @@ def checkpoints(directory: str | os.PathLike) -> dict[int, Any]:
   return {step.step: step.path for step in steps}
 
 
-def checkpoint_path(directory: str | os.PathLike, step: int) -> Any:
-  """Where the checkpoint of a step lies, if there is one."""
-  name = ocp.path.step.standard_name_format().build_name(step)
-  return ocp.path.Path(absolute(directory)) / name
+def listed(directory: str | os.PathLike) -> dict[int, Any]:
+  """The checkpoints that the first process sees; others may see an older list.
+
+  Network file systems keep listings for a while.
+
+  Raises:
+    OSError: the first process cannot list them; on all processes.
+    MissingProcessError: if another process does not call this in time.
+  """
+  if jax.process_count() == 1:
+    return checkpoints(directory)
+  mine = None
+  if jax.process_index() == 0:
+    try:
+      mine = {'steps': sorted(checkpoints(directory))}
+    except OSError as error:  # The others would wait for an answer.
+      mine = {'refused': (error.errno, error.strerror)}
+  said = agreement.decide(
+    'a list of checkpoints',
+    mine,
+    lambda said: said[0],
+    range(jax.process_count()),
+  )
+  if 'refused' in said:
+    number, words = said['refused']
+    raise OSError(
+      number, f'process 0 cannot list {absolute(directory)}: {words}.'
+    )
+  name = ocp.path.step.standard_name_format().build_name
+  root = ocp.path.Path(absolute(directory))
+  return {step: root / name(step) for step in said['steps']}
 
 
 def check_there(

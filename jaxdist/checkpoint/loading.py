@@ -1,5 +1,6 @@
 """Reads a state and checks every shard of it."""
 
+import contextlib
 import gc
 import math
 import operator
@@ -19,14 +20,12 @@ from jaxdist.checkpoint.layout import (
   CorruptCheckpointError,
   absolute,
   check_there,
-  checkpoint_path,
-  checkpoints,
   context,
+  listed,
   raise_if_refused,
   read_record,
   without_pages,
 )
-from jaxdist.hosts import agreement
 from jaxdist.keys import is_key, key_impl
 from jaxdist.resize import (
   LeafSpec,
@@ -90,6 +89,7 @@ def restore(
       older jaxdist, without digests, or holds residuals that are not finite:
       every step from there on would be skipped.
     MissingProcessError: if another process does not call this in time.
+    OSError: if the file system refuses to list or to read.
 
   Warns:
     CorruptCheckpointWarning: if an older checkpoint was restored.
@@ -105,7 +105,7 @@ def restore(
     ...   jd.restore(directory, jd.PerWorker(jnp.zeros(1))).value
     Array([2.], dtype=float32)
   """
-  paths = _listed(directory)
+  paths = listed(directory)
   if step is not None:
     step = operator.index(step)
   steps = sorted(paths, reverse=True) if step is None else [step]
@@ -138,23 +138,6 @@ def restore(
       stacklevel=2,
     )
   return state
-
-
-def _listed(directory):
-  """The checkpoints that the first process sees; others may see an older list.
-
-  Network file systems keep listings for a while.
-  """
-  if jax.process_count() == 1:
-    return checkpoints(directory)
-  mine = sorted(checkpoints(directory)) if jax.process_index() == 0 else None
-  steps = agreement.decide(
-    'the checkpoints to restore',
-    mine,
-    lambda said: said[0],
-    range(jax.process_count()),
-  )
-  return {step: checkpoint_path(directory, step) for step in steps}
 
 
 def _read(path, like, reset_residuals):
@@ -323,12 +306,28 @@ def _load(path, targets):
   """What Orbax reads; None if it cannot, with no word of it."""
   if not targets:
     return {}
-  with context(), without_pages(), warnings.catch_warnings():
+  with context(), without_pages(), _forgetting_reads():
     try:
       return ocp.load_checkpointables(path, {ARRAYS: targets})[ARRAYS]
     except UNREADABLE as error:
       raise_if_refused(error, path)
-    # Reads that were begun warn when they are deleted.
-    warnings.simplefilter('ignore', RuntimeWarning)
-    gc.collect()
   return None
+
+
+@contextlib.contextmanager
+def _forgetting_reads():
+  """Deletes the reads that a failed load has begun, which warn of it.
+
+  They are still young then: to look through all that there is takes seconds in
+  a large process.
+  """
+  was_enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore', RuntimeWarning)
+      gc.collect(0)
+    if was_enabled:
+      gc.enable()

@@ -17,7 +17,7 @@ from jaxdist.checkpoint.layout import (
   RECORD,
   absolute,
   context,
-  latest_step,
+  listed,
   make_record,
   system_numbers,
   without_pages,
@@ -61,11 +61,12 @@ def save(
       deleted after this one is committed.
 
   Raises:
-    ValueError: if ``step`` is not larger than the newest there, ``keep`` is
-      less than 1, ``metadata`` is not JSON, or a leaf is no array, was donated,
-      is traced, or is per worker and of another number of workers than the
-      others.
+    ValueError: if ``step`` is not larger than the newest there, or another run
+      saves it at the same time, ``keep`` is less than 1, ``metadata`` is not
+      JSON, or a leaf is no array, was donated, is traced, or is per worker and
+      of another number of workers than the others.
     OSError: if the file system refuses: no space left, read-only.
+    MissingProcessError: if another process does not call this in time.
 
   Examples:
     >>> import tempfile
@@ -171,7 +172,7 @@ def _begin(directory, step, state, metadata, keep, copy):
   metadata = {} if metadata is None else metadata
   _check_json(metadata)
   arrays, leaves = _arrays_and_leaves(state)
-  newest = latest_step(directory)
+  newest = max(listed(directory), default=None)
   if newest is not None and step <= newest:
     raise ValueError(
       f'step must be larger than that of the newest checkpoint in {directory}, '
@@ -208,6 +209,12 @@ def _named_errors(directory, step):
   """Says what could not be saved, where the file system refused something."""
   try:
     yield
+  except ocp.training.errors.StepAlreadyExistsError as error:
+    # It was not when this save began. A process that all had given up may have
+    # woken up at the very end of a save.
+    raise ValueError(
+      f'step {step} is in {directory} by now: another run saves there too.'
+    ) from error
   except (OSError, ValueError) as error:
     number = next(iter(system_numbers(error)), getattr(error, 'errno', None))
     if number is None:

@@ -106,8 +106,8 @@ class RayPool:
   def _answer(self, ref):
     what, replica, incarnation = self._asked.pop(ref)
     try:
-      # It is here; fetching it does not wait for the actor.
-      return Answer(replica, incarnation, what, ray.get(ref, timeout=10))
+      # ray.wait has fetched it. If it is gone since, so is its maker.
+      return Answer(replica, incarnation, what, ray.get(ref, timeout=0))
     except ray.exceptions.RayTaskError as error:
       return Answer(replica, incarnation, what, error.cause)
     except ray.exceptions.RayError as error:

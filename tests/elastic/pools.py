@@ -86,11 +86,14 @@ def change(replica, round):
   return rng.normal(size=5).astype(np.float32)
 
 
-def telling(replica, seconds=0.0):
-  """A program whose rounds, of one step, have the changes above."""
+def telling(replica, seconds=0.0, slowed=None):
+  """A program whose rounds, of one step, have the changes above.
+
+  One replica may be slowed ten times.
+  """
 
   def step(params, state, step):
-    time.sleep(seconds)
+    time.sleep(10 * seconds if replica == slowed else seconds)
     return params + change(replica, step), state, np.float32(0)
 
   return elastic.Program(lambda params, step: None, step)

@@ -24,8 +24,8 @@ START = np.ones(5, np.float32)
 DEADLINE = 3.0
 
 
-def coordinator(seconds, **options):
-  build = functools.partial(pools.telling, seconds=seconds)
+def coordinator(seconds, slowed=None, **options):
+  build = functools.partial(pools.telling, seconds=seconds, slowed=slowed)
   defaults = {'replicas': 4, 'outer': optax.sgd(1.0), 'every': 1}
   defaults |= {'deadline': DEADLINE, 'staleness': pools.STALENESS}
   options = defaults | options
@@ -77,6 +77,34 @@ def test_signals(cluster):
   assert all(report.seconds < DEADLINE + 3 for report in reports)
   # What is said to have counted did, once, and nothing else.
   np.testing.assert_allclose(params, START + pools.moved(reports), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_replica_is_ten_times_slower(cluster):
+  """What the others still get done, beside as many without it."""
+  rates = {}
+  for replicas, slowed in ((3, None), (4, 3)):
+    with coordinator(
+      0.5, slowed, replicas=replicas, quorum=3, max_staleness=12
+    ) as outer:
+      rounds = outer.rounds(31)
+      reports = [next(rounds)]  # All have started, and been there once.
+      began = time.monotonic()
+      reports += rounds
+      seconds = time.monotonic() - began
+      params, counts = outer.params, outer.counts
+    np.testing.assert_allclose(
+      params, START + pools.moved(reports), rtol=1e-5, atol=1e-5
+    )
+    fresh = sum(len(set(report.fresh) - {slowed}) for report in reports[1:])
+    rates[replicas] = fresh / seconds
+    late = [report.late for report in reports if report.late]
+    waits = sorted(report.seconds for report in reports)
+    print(f'{replicas}: {rates[replicas]:.2f} changes/s, {counts}, {late}')
+    print('rounds of', ', '.join(f'{wait:.2f}' for wait in waits), 's')
+  assert counts['late'] == len(late) >= 2  # Each of its changes, once.
+  assert set().union(*late) == {3}
+  assert rates[4] > 0.7 * rates[3]
 
 
 DIES = """

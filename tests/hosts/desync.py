@@ -1,5 +1,6 @@
 """Ten ways in which one process differs; each must be an error on all."""
 
+import errno
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxdist as jd
+from jaxdist.checkpoint import layout
 from jaxdist.hosts.world import LAUNCHED
 
 out = Path(sys.argv[1])
@@ -133,6 +135,16 @@ heard = {}
 for host in ('127.0.0.1', '127.0.0.2'):
   with socket.socket() as other:
     heard[host] = other.connect_ex((host, port)) == 0
+
+# One cannot list checkpoints, and all hear of it.
+if world.process == 0:
+
+  def refuse(directory):
+    raise PermissionError(errno.EACCES, 'Permission denied')
+
+  layout.checkpoints = refuse
+attempt('restore', lambda: jd.restore(out, np.zeros(3)))
+attempt('save', lambda: jd.save(out, 1, np.zeros(3)))
 
 # One comes too late for a fact, and hears of it all the same.
 jd.hosts.agreement.timeout = 1.0

@@ -47,6 +47,10 @@ def check(processes, out):
     assert f'on {noun} {others} and ' in message, message
     assert message.endswith(f'on process {last}.'), message
   for result in results.values():
+    for name in ('restore', 'save'):
+      kind, message, took = result['errors'][name]
+      assert kind == 'PermissionError' and took < 5
+      assert f'process 0 cannot list {out}: Permission denied.' in message
     kind, message, took = result['errors']['missing']
     assert kind == 'MissingProcessError'
     assert f'processes [{last}] did not come to a late fact' in message

@@ -39,6 +39,10 @@ def strike(kind, victim, processes, out):
       else:
         (out / 'now').touch()
       took = world.end(others, BOUND)
+      if kind == 'stop':  # It wakes up, and ends too.
+        world.send(victim, signal.SIGCONT)
+        world.end([victim], BOUND)
+        others.append(victim)
   for rank in others:
     said = world.said(rank)
     assert world.members[rank].returncode != 0, said

@@ -58,10 +58,11 @@ class World:
     """What a process has printed."""
     return (self.out / f'{rank}.out').read_text()
 
-  def wait_for(self, name):
+  def wait_for(self, name, ranks=None):
     """Waits until each process has left a file of this name."""
     end = time.monotonic() + LIMIT
-    for rank, member in self.members.items():
+    for rank in self.members if ranks is None else ranks:
+      member = self.members[rank]
       while not (self.out / f'{rank}.{name}').exists():
         assert member.poll() is None, self.said(rank)
         assert time.monotonic() < end, self.said(rank)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 LIMIT = 240
 TINY = (
   *('--rates', '100mbit', '--rounds', '1', '--methods', 'dense', '--no-torch'),
-  *('--steps', '4', '--every-eval', '2', '--batch', '1', '--length', '16'),
+  *('--steps', '6', '--every-eval', '2', '--batch', '1', '--length', '16'),
   *('--layers', '1', '--width', '32', '--heads', '2', '--exchange-mb', '0.2'),
 )
 
@@ -204,7 +204,12 @@ def hosts_possible():
 
 
 def start(out):
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '200'}
+  environment = {
+    **os.environ,
+    'PYTHONPATH': str(ROOT),
+    'COLUMNS': '200',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+  }
   return subprocess.Popen(
     [sys.executable, ROOT / 'recipes/links.py', *TINY, '--out', out],
     stdout=subprocess.PIPE,
@@ -220,6 +225,14 @@ def namespaces_of(*makers):
   )
   made = [f'jaxdist-links-{maker.pid}-' for maker in makers]
   return [x for x in listed.stdout.split() if x.startswith(tuple(made))]
+
+
+def carried(out, run):
+  """Bytes a step in the packets of host 0, by stretch of two steps."""
+  path = out / f'runs/{run["rate"]}.0.{run["name"]}.json'
+  host = json.loads(path.read_text())['hosts'][0]
+  packets = netns.HEADER_BYTES * np.array(host['packets'])
+  return (np.array(host['bytes']) - packets) / 2
 
 
 def test_two_hosts_over_a_slow_link(hosts_possible, tmp_path):
@@ -250,13 +263,14 @@ def test_two_hosts_over_a_slow_link(hosts_possible, tmp_path):
   numbers = json.loads((tmp_path / 'results.json').read_text())
   limit, dense = numbers['runs']
   assert (limit['name'], dense['name']) == ('no exchange', 'dense')
-  # What the interface counted, against the program.
-  assert dense['carried_a_step'] == pytest.approx(
-    dense['traffic_a_step'], rel=0.05
-  )
-  assert limit['carried_a_step'] < 0.02 * dense['carried_a_step']
+  # What the interface counted, against the program. On a busy machine TCP may
+  # send a packet again, so that a stretch has more; none has less.
+  silent, busy = carried(tmp_path, limit), carried(tmp_path, dense)
+  assert min(busy) == pytest.approx(dense['traffic_a_step'], rel=0.05)
+  assert np.mean(busy) == pytest.approx(dense['carried_a_step'])
+  assert min(silent) < 0.02 * min(busy)
   assert np.isfinite(dense['losses']).all()
   # No faster than the link: 5% are rounds of timers.
   step = min(dense['step_seconds'])
-  assert step > 0.95 * 8 * dense['bytes_a_step'] / 1e8
+  assert step > 0.95 * 8 * dense['traffic_a_step'] / 1e8
   assert 'Slow links, measured' in (tmp_path / 'report.html').read_text()

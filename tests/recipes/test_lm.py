@@ -25,10 +25,11 @@ import pytest
 import record
 import report
 import text
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 import jaxdist as jd
+
+pytestmark = pytest.mark.usefixtures('compile_fast')
 
 ROOT = Path(__file__).parents[2]
 # Seconds for what takes ten on a quiet machine.
@@ -42,24 +43,6 @@ TINY = lm.Config(
   layers=1,
   width=32,
 )
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compile_fast(tmp_path_factory):
-  """Compiling takes nearly all of the time here: little, and once."""
-  options = {
-    'jax_disable_most_optimizations': True,
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-    'jax_persistent_cache_min_compile_time_secs': 0.0,
-    'jax_persistent_cache_min_entry_size_bytes': -1,
-  }
-  before = {name: jax.config.values[name] for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope='module')

@@ -117,17 +117,21 @@ def count_bundles(text: str) -> int:
   )
 
 
+def device(chip: Chip) -> Any:
+  """One core that is not there."""
+  from jax.experimental import topologies
+
+  return topologies.get_topology_desc(
+    platform='tpu', topology_name=chip.topology
+  ).devices[0]
+
+
 def compile_for(
   chip: Chip, function: Callable[..., Any], *arrays: jax.ShapeDtypeStruct
 ) -> Any:
   """Compiles a function for one core that is not there."""
-  from jax.experimental import topologies
-
-  devices = topologies.get_topology_desc(
-    platform='tpu', topology_name=chip.topology
-  ).devices
   # In a manual region kernels are told which chip they are for.
-  mesh = jax.sharding.Mesh(devices[:1], ('chip',))
+  mesh = jax.sharding.Mesh([device(chip)], ('chip',))
   everywhere = jax.sharding.PartitionSpec()
   place = jax.sharding.NamedSharding(mesh, everywhere)
   arrays = jax.tree.map(

@@ -97,6 +97,7 @@ def rows_of(numbers: int, size: int) -> int:
   return 2 ** (max(1, numbers // size).bit_length() - 1)
 
 
-def step_rows(tiles: Tiles, size: int) -> int:
-  """Rows of a grid step; narrow results need as many as there are lanes."""
-  return max(LANES, rows_of(tiles.step, size))
+def step_rows(tiles: Tiles, rows: int, size: int) -> int:
+  """Rows of a grid step: of narrow results as many as there are lanes."""
+  enough = 2 ** (rows - 1).bit_length()
+  return max(LANES, min(enough, rows_of(tiles.step, size)))

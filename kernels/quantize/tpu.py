@@ -68,10 +68,10 @@ def _abreast(words: int) -> int:
   return max(1, LANES // words)
 
 
-def _cut(kernel: str, size: int, abreast: int) -> tuple[int, int]:
+def _cut(kernel: str, rows: int, size: int, abreast: int) -> tuple[int, int]:
   """How many rows a grid step has, and a chunk of it."""
   tiles = find(kernel, device_kind())
-  tile = step_rows(tiles, size)
+  tile = step_rows(tiles, rows, size)
   chunk = min(tile, rows_of(tiles.chunk, size))
   return tile, max(SUBLANES * abreast, chunk)
 
@@ -170,7 +170,7 @@ def _encode(x, residual, key, format):
   abreast = _abreast(words)
   stochastic, feedback = key is not None, residual is not None
   kernel = f'quantize {format}' + stochastic * ' stochastic'
-  tile, chunk = _cut(kernel + feedback * ' feedback', size, abreast)
+  tile, chunk = _cut(kernel + feedback * ' feedback', rows, size, abreast)
   seed = jnp.zeros(2, jnp.uint32) if key is None else numbers.seed(key)
   arrays = (x, residual) if feedback else (x,)
   whole = pl.BlockSpec((tile, size), lambda i: (i, 0))
@@ -317,7 +317,7 @@ def dequantize_mean(
   """The mean of what ``n`` workers coded, added up in order."""
   workers, rows, width = words.shape
   abreast = _abreast(width)
-  tile, chunk = _cut(f'dequantize {format}', count, abreast)
+  tile, chunk = _cut(f'dequantize {format}', rows, count, abreast)
   some = max(n for n in range(1, SOME + 1) if workers % n == 0)
   packed = jnp.pad(words, ((0, 0), (0, -rows % abreast), (0, 0)))
   packed = packed.reshape(workers, -1, width * abreast)

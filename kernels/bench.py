@@ -141,10 +141,10 @@ def rotate_cases(implementation: str | None, size: int) -> Iterator[Case]:
 
 
 def cases(implementation: str | None, size: int, only: str) -> Iterator[Case]:
-  """The operations with ``only`` in their names, on rows of a size."""
+  """The operations in whose names ``only`` is found, on rows of a size."""
   for some in (quantize_cases, top_k_cases, long_row_cases, rotate_cases):
     for case in some(implementation, size):
-      if only in case.op:
+      if re.search(only, case.op):
         yield case
 
 
@@ -279,7 +279,9 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--tpu', choices=schedule.CHIPS, help='read schedules')
   parser.add_argument('--implementation', help='the form that is timed')
   parser.add_argument(
-    '--only', default='', help='operations with this in their names'
+    '--only',
+    default='',
+    help='operations in whose names this expression is found',
   )
   parser.add_argument(
     '--size', type=int, choices=shapes.SIZES, default=1024, help='of a row'

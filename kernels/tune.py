@@ -25,7 +25,7 @@ from jaxdist.kernels import bench, schedule, tiles
 
 SIZE = 1024  # Of the rows that are tuned for.
 LEAST_STEP = 2**18  # 1 MiB, below which transfers don't reach full speed.
-GAIN = 0.98  # Of the time before, at most; less is noise.
+GAIN = 0.98  # Of the time before, at most: else nothing is written down.
 REPEATS = 7
 
 Seconds = Callable[[bench.Case, tiles.Tiles], float]
@@ -67,10 +67,11 @@ def climb(
     seconds: what tiles take.
 
   Returns:
-    The best, what the first took, and what the best take.
+    The best, or the first if they are not much better; what the first take, and
+    what these take.
   """
-  best, first = start, seconds(start)
-  least = first
+  first = seconds(start)
+  best, least = start, first
   for field, change in ('chunk', 2), ('chunk', 0.5), ('step', 2), ('step', 0.5):
     while True:
       sizes = {'step': best.step, 'chunk': best.chunk}
@@ -80,10 +81,10 @@ def climb(
         break
       trial = dataclasses.replace(best, **sizes)
       time = seconds(trial)
-      if time > GAIN * least:
+      if time >= least:
         break
       best, least = trial, time
-  return best, first, least
+  return (best, first, least) if least < GAIN * first else (start, first, first)
 
 
 def tune(kind: str, only: str, seconds: Seconds) -> dict[str, tiles.Tiles]:
@@ -91,7 +92,7 @@ def tune(kind: str, only: str, seconds: Seconds) -> dict[str, tiles.Tiles]:
 
   Args:
     kind: of device, as JAX calls it.
-    only: a part of the names of operations.
+    only: an expression that is found in the names of operations.
     seconds: what an operation takes with some tiles.
 
   Returns:
@@ -138,7 +139,9 @@ def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--tpu', choices=schedule.CHIPS, help='read schedules')
   parser.add_argument(
-    '--only', default='', help='operations with this in their names'
+    '--only',
+    default='',
+    help='operations in whose names this expression is found',
   )
   options = parser.parse_args(argv)
   if options.tpu:

@@ -45,7 +45,7 @@ def cannot_select(x: Any, *residual: Any, k: int) -> str | None:
   size = x.shape[1]
   if size % LANES or size > LARGEST_ROW:
     return f'rows of a multiple of 128 numbers, up to {LARGEST_ROW}, not {size}'
-  if k > LARGEST_K or k * _group(size, k) > size:
+  if k > LARGEST_K:
     return f'k up to {LARGEST_K}, not {k} of {size}'
   return cannot_partition()
 

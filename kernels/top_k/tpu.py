@@ -1,11 +1,18 @@
-"""Top-k of rows on TPUs: sorting networks across registers.
+"""Top-k of rows on TPUs: sorting networks across registers, in two levels.
 
-A tile of 128 rows is turned so that each lane holds a row. Comparing registers
-number by number then works on all rows at once, and nothing ever moves between
-lanes. One network over the magnitudes finds each row's k-th largest. A second,
-over the places of all that is larger, and then of what is equal to it, finds
-the k places. Neither carries anything along, so a comparison is two
-instructions; the values are fetched once the places are known.
+Blocks of 128 rows are turned so that each lane holds a row, and the lists of up
+to eight blocks lie side by side in a register's sublanes. Comparing registers
+then works on 1024 rows at once, and nothing moves between lanes:
+
+1. The largest ``k`` numbers of a row lie in the ``k`` groups of neighbours
+   whose maxima are largest. So the maxima of all groups are found, and of these
+   the best.
+2. The numbers of those groups are the candidates, of which the best are found.
+
+One network over the magnitudes finds the k-th largest. A second, over the
+places of all that is larger, and then of what is equal to it, finds the k
+places. Neither carries anything along. Item ``i`` of block ``b``'s list is in
+row ``i * blocks + b`` of its scratch memory.
 """
 
 import functools
@@ -20,6 +27,7 @@ from jaxtyping import Array, Float32, UInt32
 
 from jaxdist.kernels.numbers import float_bits, from_float_bits
 from jaxdist.kernels.tiles import find
+from jaxdist.kernels.top_k.networks import in_order, largest
 from jaxdist.kernels.tpu import (
   LANES,
   SUBLANES,
@@ -71,56 +79,6 @@ def _ranks(bits):
   return jnp.where(bits < SMALLEST, subnormal, from_float_bits(bits))
 
 
-def _exchange(items, i, j):
-  a, b = items[i], items[j]
-  items[i], items[j] = jnp.maximum(a, b), jnp.minimum(a, b)
-
-
-def _sorted(items):
-  """Descending, by Batcher's merges of odd and even places."""
-  items, n = list(items), len(items)
-  p = 1
-  while p < n:
-    step = p
-    while step:
-      for low in range(step % p, n - step, 2 * step):
-        for i in range(low, min(low + step, n - step)):
-          if i // (2 * p) == (i + step) // (2 * p):
-            _exchange(items, i, i + step)
-      step //= 2
-    p *= 2
-  return items
-
-
-def _merged(a, b):
-  """The larger half of two sorted lists, sorted."""
-  n = len(a)
-  items = [jnp.maximum(a[i], b[n - 1 - i]) for i in range(n)]
-  step = n // 2
-  while step:
-    for i in range(n):
-      if not i & step:
-        _exchange(items, i, i + step)
-    step //= 2
-  return items
-
-
-def _largest(count, length, blocks, load):
-  """The ``length`` largest of each list in ``count`` registers, sorted."""
-
-  def group(i):
-    return _sorted([load(i * length + j) for j in range(length)])
-
-  best = jax.lax.fori_loop(
-    1, count // length, lambda i, best: _merged(best, group(i)), group(0)
-  )
-  shift = SUBLANES // 2
-  while shift >= blocks:  # Then of a list's sublanes, which all get the result.
-    best = _merged(best, [pltpu.roll(item, shift, 0) for item in best])
-    shift //= 2
-  return best
-
-
 def _group(size: int, k: int) -> int:
   """How many neighbours form a group: about as many groups as candidates."""
   group = 1
@@ -165,7 +123,7 @@ def _select_kernel(*refs, k, group, blocks, chunk, feedback, gathers):
       return ranks_ref[pl.ds(pl.multiple_of(i * SUBLANES, SUBLANES), SUBLANES)]
 
     count = total * blocks // SUBLANES
-    least = _largest(count, length, blocks, ranks)[k - 1]
+    least = largest(count, length, blocks, ranks)[k - 1]
 
     def order(i):
       """Falls with the place, and by a list's length for what is equal."""
@@ -174,9 +132,11 @@ def _select_kernel(*refs, k, group, blocks, chunk, feedback, gathers):
       equal = jnp.where(rank == least, -1.0 * total, -4.0 * total)
       return jnp.where(rank > least, 0.0, equal) - at
 
-    found = _largest(count, length, blocks, order)[:k]
+    found = largest(count, length, blocks, order)[:k]
     found = [jnp.where(i > -total, i, i + total) for i in found]
-    return [(-i).astype(jnp.int32) for i in (_sorted(found) if sort else found)]
+    return [
+      (-i).astype(jnp.int32) for i in (in_order(found) if sort else found)
+    ]
 
   def write(ref, found):
     for i, item in enumerate(found):
@@ -395,87 +355,3 @@ def top_k_with_feedback(
 ]:
   """Selects of ``x + residual``, and says what is left."""
   return _select(x, residual, k)
-
-
-def cannot_scatter(values: Any, indices: Any, *, size: int) -> str | None:
-  """What :func:`scatter` and :func:`scatter_mean` would need instead."""
-  del indices
-  k = values.shape[-1]
-  if size % LANES or size > LARGEST_ROW or k > LARGEST_K:
-    return (
-      f'k up to {LARGEST_K}, and rows of a multiple of 128 numbers, up to '
-      f'{LARGEST_ROW}, not {k} of {size}'
-    )
-  return cannot_partition()
-
-
-def _scatter_kernel(values_ref, indices_ref, x_ref, turned_ref, *, k, some):
-  workers = values_ref.shape[0]
-  tile, size = x_ref.shape
-  sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
-
-  def scatter(block, _):
-    rows = pl.ds(pl.multiple_of(block * LANES, LANES), LANES)
-
-    def fill(part, _):
-      places = [sublane + (part * some + i) * SUBLANES for i in range(some)]
-
-      def add(n, total):
-        decoded = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * some
-        for j in range(k):
-          value = values_ref[n, j : j + 1, rows]
-          index = indices_ref[n, j : j + 1, rows].astype(jnp.int32)
-          decoded = [
-            jnp.where(place == index, value, x)
-            for place, x in zip(places, decoded, strict=True)
-          ]
-        return [t + x for t, x in zip(total, decoded, strict=True)]
-
-      zeros = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * some
-      total = jnp.concatenate(jax.lax.fori_loop(0, workers, add, zeros))
-      at = pl.multiple_of(part * some * SUBLANES, SUBLANES)
-      turned_ref[pl.ds(at, some * SUBLANES), :] = total
-
-    jax.lax.fori_loop(0, size // (some * SUBLANES), fill, None)
-    for j in range(0, size, LANES):
-      total = turned_ref[j : j + LANES, :].T
-      x_ref[rows, j : j + LANES] = total / workers if workers > 1 else total
-
-  jax.lax.fori_loop(0, tile // LANES, scatter, None)
-
-
-def scatter_mean(
-  values: Float32[Array, 'n rows k'],
-  indices: UInt32[Array, 'n rows k'],
-  *,
-  size: int,
-) -> Float32[Array, 'rows size']:
-  """The mean over workers of rows of zeros with their values in place."""
-  workers, rows, k = values.shape
-  tiles = find('scatter', device_kind())
-  tile = step_rows(tiles, rows, size)
-  # Registers that are summed up at a time.
-  some = math.gcd(tiles.chunk // (SUBLANES * LANES), size // SUBLANES)
-  turned = pl.BlockSpec((workers, k, tile), lambda i: (0, 0, i))
-  return pl.pallas_call(
-    functools.partial(_scatter_kernel, k=k, some=some),
-    grid=(pl.cdiv(rows, tile),),
-    in_specs=[turned, turned],
-    out_specs=pl.BlockSpec((tile, size), lambda i: (i, 0)),
-    out_shape=result((rows, size), jnp.float32, values, indices),
-    scratch_shapes=[pltpu.VMEM((size, LANES), jnp.float32)],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel',), vmem_limit_bytes=2**26
-    ),
-    name=f'scatter_{k}',
-  )(jnp.swapaxes(values, 1, 2), jnp.swapaxes(indices, 1, 2))
-
-
-def scatter(
-  values: Float32[Array, 'rows k'],
-  indices: UInt32[Array, 'rows k'],
-  *,
-  size: int,
-) -> Float32[Array, 'rows size']:
-  """Rows of zeros with ``values`` at ``indices``."""
-  return scatter_mean(values[None], indices[None], size=size)

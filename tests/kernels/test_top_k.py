@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from simulated import simulated
 
-from jaxdist.kernels.top_k import api, cpu, reference, threshold, tpu
+from jaxdist.kernels.top_k import (
+  api,
+  cpu,
+  networks,
+  reference,
+  scatter_tpu,
+  threshold,
+  tpu,
+)
 
 
 def hard_rows(rows, size):
@@ -97,9 +105,9 @@ def test_mean_on_tpu_is_the_definition():
   x = rng.standard_normal((3, 130, 256)).astype(np.float32)
   values, indices = jax.vmap(lambda x: reference.top_k(x, k=5))(x)
   want = reference.scatter_mean(values, indices, size=256)
-  got = simulated(tpu.scatter_mean, values, indices, size=256)
+  got = simulated(scatter_tpu.scatter_mean, values, indices, size=256)
   np.testing.assert_array_equal(got, want)  # Two sums, in the same order.
-  one = simulated(tpu.scatter, values[0], indices[0], size=256)
+  one = simulated(scatter_tpu.scatter, values[0], indices[0], size=256)
   np.testing.assert_array_equal(
     one, reference.scatter(values[0], indices[0], size=256)
   )
@@ -117,10 +125,11 @@ def test_networks_sort(length):
   )
   items = [jnp.asarray(c) for c in columns.T]
   expected = -np.sort(-columns, axis=1)
-  np.testing.assert_array_equal(np.stack(tpu._sorted(items), 1), expected)
+  np.testing.assert_array_equal(np.stack(networks.in_order(items), 1), expected)
   other = rng.integers(0, 2, columns.shape)
-  both = tpu._merged(
-    tpu._sorted(items), tpu._sorted([jnp.asarray(c) for c in other.T])
+  both = networks.merged(
+    networks.in_order(items),
+    networks.in_order([jnp.asarray(c) for c in other.T]),
   )
   expected = -np.sort(-np.concatenate([columns, other], 1), axis=1)
   np.testing.assert_array_equal(np.stack(both, 1), expected[:, :length])

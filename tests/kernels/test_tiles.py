@@ -100,6 +100,18 @@ def test_climb_finds_the_best_and_keeps_to_the_rules():
   assert flat[0] == start  # Not worth an entry.
 
 
+def test_what_is_right_keeps_its_tiles_beside_what_is_not(folder):
+  def seconds(case, one):
+    return 1.0 if 'feedback' in case.op else 1 / one.chunk
+
+  better = tune.tune('TPU v5', '(quantize|feedback) sign$', seconds)
+  sizes = {name: (one.step, one.chunk) for name, one in better.items()}
+  assert sizes == {
+    'quantize sign': (2**18, 2**18),
+    'quantize sign feedback': (2**18, 2**15),
+  }
+
+
 def test_entries_are_added_to_a_file(folder):
   file = folder / 'tpu-v5.json'
   tune.write(file, {'hadamard': tiles.Tiles(2**19, 2**13, 'x')})

@@ -75,7 +75,7 @@ def test_files_of_the_package():
   assert len(CHIPS) == len(kinds) + 2
 
 
-def test_kernels_take_the_tiles_of_the_chip(monkeypatch):
+def test_kernels_find_their_tiles_each_time():
   x = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
   forced = tiles.Tiles(2**18, 2**15, 'a test')
   for source in ('a test', 'default: quantize'):

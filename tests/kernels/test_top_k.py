@@ -40,9 +40,9 @@ def by_place(values, indices):
 @pytest.mark.parametrize(
   ('rows', 'size', 'k', 'feedback', 'gathers'),
   [
-    (131, 256, 10, True, True),  # Two blocks, lists of 16, two registers deep.
-    (1000, 128, 3, True, True),  # Eight blocks abreast.
-    (7, 128, 1, False, False),  # One block; as chips before v5 do it.
+    # Eight blocks abreast, of two columns; lists of 16, two registers deep.
+    (520, 256, 10, True, True),
+    (131, 128, 1, False, False),  # Two blocks; as chips before v5 do it.
   ],
 )
 def test_tpu_form_is_the_definition(
@@ -107,10 +107,6 @@ def test_mean_on_tpu_is_the_definition():
   want = reference.scatter_mean(values, indices, size=256)
   got = simulated(scatter_tpu.scatter_mean, values, indices, size=256)
   np.testing.assert_array_equal(got, want)  # Two sums, in the same order.
-  one = simulated(scatter_tpu.scatter, values[0], indices[0], size=256)
-  np.testing.assert_array_equal(
-    one, reference.scatter(values[0], indices[0], size=256)
-  )
 
 
 @pytest.mark.parametrize('length', [1, 2, 4, 16, 64])
@@ -145,7 +141,7 @@ def test_feedback_is_what_is_left():
 
 def test_programs_for_tpus_have_the_kernels():
   def program(x, residual):
-    values, indices, residual = api.top_k_with_feedback(x, residual, 10)
+    values, indices, residual = api.top_k_with_feedback(x, residual, 1)
     mean = api.scatter_mean(values[None], indices[None], 1024)
     return residual, mean
 

@@ -2,7 +2,8 @@
 
 ``python -m jaxdist.kernels.bench --tpu v5e`` reads the time of each kernel for
 TPUs from its schedule, on a machine without one: bundles, the time that they
-take, the time that memory takes, and the ratio. Below 1 memory is the limit.
+take, the time that memory takes, the ratio, and which entry of which file of
+``tuned/`` sized the tiles. Below 1 memory is the limit.
 
 ``python -m jaxdist.kernels.bench`` times what this machine runs. Each time is
 the median of runs that take turns with a copy of the rows, which moves 8 bytes
@@ -28,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdist.kernels import schedule, shapes
+from jaxdist.kernels import schedule, shapes, tiles
 from jaxdist.kernels.hadamard import api as rotation
 from jaxdist.kernels.pack.api import num_words
 from jaxdist.kernels.quantize import api as quantization
@@ -140,10 +141,10 @@ def rotate_cases(implementation: str | None, size: int) -> Iterator[Case]:
 
 
 def cases(implementation: str | None, size: int, only: str) -> Iterator[Case]:
-  """The operations with ``only`` in their names, on rows of a size."""
+  """The operations in whose names ``only`` is found, on rows of a size."""
   for some in (quantize_cases, top_k_cases, long_row_cases, rotate_cases):
     for case in some(implementation, size):
-      if only in case.op:
+      if re.search(only, case.op):
         yield case
 
 
@@ -152,7 +153,9 @@ def tpu_table(generation: str, size: int, only: str) -> list[dict[str, Any]]:
   chip, folder = schedule.CHIPS[generation], schedule.prepare()
   table = []
   for case in cases('tpu', size, only):
-    count = schedule.bundles(folder, chip, case.function, *case.arrays)
+    with tiles.watched() as found:
+      count = schedule.bundles(folder, chip, case.function, *case.arrays)
+    ((_, used),) = found.items()
     compute = count / chip.clock
     memory = case.num_bytes / chip.bandwidth
     row = {
@@ -163,28 +166,31 @@ def tpu_table(generation: str, size: int, only: str) -> list[dict[str, Any]]:
       'compute_us': compute * 1e6,
       'memory_us': memory * 1e6,
       'ratio': compute / memory,
+      'tiles': used.source,
     }
     table.append(row)
     print(
       f'{row["op"]:34} {"x".join(map(str, row["shape"])):>12} '
       f'{count:>10,} {row["compute_us"]:>10.1f} {row["memory_us"]:>10.1f} '
-      f'{row["ratio"]:>6.2f}',
+      f'{row["ratio"]:>6.2f}  {row["tiles"]}',
       flush=True,
     )
   return table
 
 
-def _run(function: Callable[..., Any], *arrays: jax.Array) -> None:
+def call(function: Callable[..., Any], *arrays: jax.Array) -> None:
+  """Calls a function and waits for what it returns."""
   jax.block_until_ready(function(*arrays))
 
 
-def _seconds(function: Callable[[], Any]) -> float:
+def seconds(function: Callable[[], Any]) -> float:
+  """What a call takes."""
   start = time.perf_counter()
   function()
   return time.perf_counter() - start
 
 
-def _drawn(array: jax.ShapeDtypeStruct, limit: int) -> jax.Array:
+def drawn(array: jax.ShapeDtypeStruct, limit: int) -> jax.Array:
   """Numbers for an argument; integers are places in a row, or codes."""
   key = jax.random.key(0)
   if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -226,7 +232,7 @@ def timed_table(
   for case, plain in zip(
     cases(implementation, size, only), cases('xla', size, only), strict=True
   ):
-    arrays = [_drawn(array, case.shape[1]) for array in case.arrays]
+    arrays = [drawn(array, case.shape[1]) for array in case.arrays]
     try:
       compiled, definition = (
         jax.jit(one.function).lower(*arrays).compile() for one in (case, plain)
@@ -237,18 +243,18 @@ def timed_table(
     x = jnp.ones(case.shape)
     copy = jax.jit(jnp.copy).lower(x).compile()
     runs = {
-      'ms': functools.partial(_run, compiled, *arrays),
-      'copy_ms': functools.partial(_run, copy, x),
+      'ms': functools.partial(call, compiled, *arrays),
+      'copy_ms': functools.partial(call, copy, x),
     }
     if _opcodes(definition) != _opcodes(compiled):
-      runs['definition_ms'] = functools.partial(_run, definition, *arrays)
+      runs['definition_ms'] = functools.partial(call, definition, *arrays)
     peer = _torch_top_k(case)
     if peer is not None:
       runs['torch_ms'] = peer
     times = {name: [] for name in runs}
     for _ in range(repeats + 1):  # The first round warms up.
       for name, run in runs.items():
-        times[name].append(1e3 * _seconds(run))
+        times[name].append(1e3 * seconds(run))
     row = {'op': case.op, 'shape': case.shape, 'bytes': case.num_bytes}
     row |= {name: statistics.median(all_[1:]) for name, all_ in times.items()}
     row['gb_per_s'] = case.num_bytes / row['ms'] / 1e6
@@ -273,7 +279,9 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--tpu', choices=schedule.CHIPS, help='read schedules')
   parser.add_argument('--implementation', help='the form that is timed')
   parser.add_argument(
-    '--only', default='', help='operations with this in their names'
+    '--only',
+    default='',
+    help='operations in whose names this expression is found',
   )
   parser.add_argument(
     '--size', type=int, choices=shapes.SIZES, default=1024, help='of a row'
@@ -284,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
   if options.tpu:
     print(
       f'{"op":34} {"shape":>12} {"bundles":>10} {"compute us":>10} '
-      f'{"memory us":>10} {"ratio":>6}'
+      f'{"memory us":>10} {"ratio":>6}  tiles'
     )
     table = tpu_table(options.tpu, options.size, options.only)
   else:

@@ -83,6 +83,20 @@ def relative(
   return x * down * (1 / jnp.maximum(scale * down, TINY))
 
 
+def in_units(
+  x: Float32[Array, 'rows size'], largest: Float32[Array, 'rows 1']
+) -> tuple[Float32[Array, 'rows size'], Float32[Array, 'rows 1']]:
+  """``x`` in units of a power of two near the largest of a row, and the unit.
+
+  No sum of squares overflows, nothing is rounded, and a number takes one
+  product where :func:`relative` takes two.
+  """
+  exponent = float_bits(largest) & 0x7F800000
+  # So that the unit's reciprocal is no subnormal number.
+  unit = jnp.clip(exponent, 1 << 23, 253 << 23)
+  return x * from_float_bits((254 << 23) - unit), from_float_bits(unit)
+
+
 def seed(key: Key[Array, '']) -> UInt32[Array, '2']:
   """What :func:`random_bits` needs of a key of whichever generator."""
   return jax.random.bits(key, (2,), jnp.uint32)

@@ -21,11 +21,11 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A TensorCore with its part of the chip's memory.
+  """A TensorCore with the memory of those that work with it.
 
   Attributes:
     topology: the smallest that the compiler knows.
-    flops: peak rate in bfloat16, a second.
+    flops: a core's peak rate in bfloat16, a second.
     bandwidth: of the memory, bytes a second.
     mxus: matrix units.
     mxu_size: their rows and columns.
@@ -44,11 +44,12 @@ class Chip:
 
 
 # Rates from the pages of the Cloud TPU versions; a chip of v4, v5p and tpu7x
-# is two cores.
+# is two cores. The compiler takes those of v5p as one device and gives each
+# half of a kernel's grid, while both move bytes; of the others it takes one.
 CHIPS = {
   'v4': Chip('v4:2x2x1', 137.5e12, 614e9, 4, 128),
   'v5e': Chip('v5e:2x2', 197e12, 819e9, 4, 128),
-  'v5p': Chip('v5p:2x2x1', 229.5e12, 1382e9, 4, 128),
+  'v5p': Chip('v5p:2x2x1', 229.5e12, 2765e9, 4, 128),
   'v6e': Chip('v6e:2x2', 918e12, 1640e9, 4, 256),
   'tpu7x': Chip('tpu7x:2x2x1', 1153.5e12, 3690e9, 4, 256),
 }
@@ -117,17 +118,21 @@ def count_bundles(text: str) -> int:
   )
 
 
+def device(chip: Chip) -> Any:
+  """One core that is not there."""
+  from jax.experimental import topologies
+
+  return topologies.get_topology_desc(
+    platform='tpu', topology_name=chip.topology
+  ).devices[0]
+
+
 def compile_for(
   chip: Chip, function: Callable[..., Any], *arrays: jax.ShapeDtypeStruct
 ) -> Any:
   """Compiles a function for one core that is not there."""
-  from jax.experimental import topologies
-
-  devices = topologies.get_topology_desc(
-    platform='tpu', topology_name=chip.topology
-  ).devices
   # In a manual region kernels are told which chip they are for.
-  mesh = jax.sharding.Mesh(devices[:1], ('chip',))
+  mesh = jax.sharding.Mesh([device(chip)], ('chip',))
   everywhere = jax.sharding.PartitionSpec()
   place = jax.sharding.NamedSharding(mesh, everywhere)
   arrays = jax.tree.map(

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from jaxdist import compat
+from jaxdist.kernels.tiles import Tiles
 
 LANES = 128  # Numbers in a row of a vector register.
 SUBLANES = 8  # Rows of a vector register of 32-bit numbers.
@@ -75,13 +76,28 @@ def lane_group(shape: tuple[int, int], width: int) -> Array:
   return lane >> int(math.log2(width))
 
 
-def gathers_sublanes() -> bool:
-  """Whether the chip can gather along sublanes; all since v5 can.
+def device_kind() -> str:
+  """What JAX calls the chip: that of the mesh in a manual region, else ours.
 
-  The chip is that of the mesh in a manual region, else this machine's.
+  Empty if that is none of a TPU: the program may then be for any.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is None and jax.default_backend() == 'tpu':
     device = jax.devices()[0]
-  kind = getattr(device, 'device_kind', '')
-  return not kind.startswith(('TPU v2', 'TPU v3', 'TPU v4'))
+  return getattr(device, 'device_kind', '')
+
+
+def gathers_sublanes() -> bool:
+  """Whether the chip can gather along sublanes; all since v5 can."""
+  return not device_kind().startswith(('TPU v2', 'TPU v3', 'TPU v4'))
+
+
+def rows_of(numbers: int, size: int) -> int:
+  """How many rows of a size so many numbers are: a power of two."""
+  return 2 ** (max(1, numbers // size).bit_length() - 1)
+
+
+def step_rows(tiles: Tiles, rows: int, size: int) -> int:
+  """Rows of a grid step: of narrow results as many as there are lanes."""
+  enough = 2 ** (rows - 1).bit_length()
+  return max(LANES, min(enough, rows_of(tiles.step, size)))

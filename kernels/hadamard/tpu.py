@@ -6,6 +6,7 @@ other. Its entries are exact in bfloat16, so that a float32 product is one with
 the three bfloat16 numbers that a float32 is the sum of.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -16,11 +17,19 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float32, Key
 
 from jaxdist.kernels.hadamard.reference import matrix, signs
-from jaxdist.kernels.tpu import LANES, cannot_partition, cost, result
+from jaxdist.kernels.tiles import find
+from jaxdist.kernels.tpu import (
+  LANES,
+  SUBLANES,
+  cannot_partition,
+  cost,
+  device_kind,
+  result,
+  rows_of,
+  step_rows,
+)
 
 LARGEST_ROW = 8192
-TILE = 2**18  # Numbers in a tile: 1 MiB, at which transfers reach full speed.
-CHUNK = 2**15  # Numbers in a chunk: 32 of 64 registers.
 
 
 def cannot_rotate(x: Any, key: Any) -> str | None:
@@ -51,9 +60,8 @@ def _butterfly(blocks):
   ]
 
 
-def _kernel(before_ref, after_ref, matrix_ref, x_ref, y_ref):
+def _kernel(before_ref, after_ref, matrix_ref, x_ref, y_ref, *, chunk):
   tile, size = x_ref.shape
-  chunk = min(tile, CHUNK // size)
   columns = range(0, size, LANES)
 
   def rotate(i, _):
@@ -71,7 +79,9 @@ def _kernel(before_ref, after_ref, matrix_ref, x_ref, y_ref):
 
 def _hadamard(x, before, after):
   rows, size = x.shape
-  tile = max(8, TILE // size)
+  tiles = find('hadamard', device_kind())
+  tile = step_rows(tiles, rows, size)
+  chunk = min(tile, max(SUBLANES, rows_of(tiles.chunk, size)))
   row = pl.BlockSpec((1, size), lambda i: (0, 0))
   whole = pl.BlockSpec((tile, size), lambda i: (i, 0))
   # Normalised at first, so that nothing on the way exceeds the result.
@@ -79,7 +89,7 @@ def _hadamard(x, before, after):
   blocks = jnp.asarray(np.tile(matrix(LANES), (3, 1)), jnp.bfloat16)
   y = result(x.shape, jnp.float32, x, before, after)
   return pl.pallas_call(
-    _kernel,
+    functools.partial(_kernel, chunk=chunk),
     grid=(pl.cdiv(rows, tile),),
     in_specs=[row, row, pl.BlockSpec(blocks.shape, lambda i: (0, 0)), whole],
     out_specs=whole,

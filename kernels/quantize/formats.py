@@ -17,6 +17,7 @@ from jaxdist.kernels.numbers import (
   TINY,
   float_bits,
   from_float_bits,
+  in_units,
   largest_magnitude,
   relative,
   row_sum,
@@ -53,10 +54,10 @@ class Format:
 
 
 def rounded(y):
-  """Integers nearest to small floats, ties to even."""
+  """Integers nearest to small floats, ties to even, in the lower 22 bits."""
   # Where the float's step is 1, adding rounds, and the low bits are the
   # integer in two's complement.
-  return float_bits(y + 1.5 * 2.0**23) - 0x4B400000
+  return float_bits(y + 1.5 * 2.0**23)
 
 
 def _encode_grid(bits, x, dither):
@@ -76,11 +77,12 @@ def _decode_grid(bits, top, scale):
 def _encode_four_levels(x, dither):
   """Codes 2, 3, 0, 1 for the levels -3a, -a, a, 3a, and a."""
   largest = largest_magnitude(x)
-  y = relative(x, largest)  # No sum of squares overflows now.
   if dither is not None:
     # Neighbouring levels are 2a apart, and a is a third of the largest.
+    y = relative(x, largest)
     up = rounded(jnp.clip(1.5 * y + 1.5 + dither, 0, 3))
     return (up + 2) & 3, largest * jnp.float32(1 / 3)
+  y, unit = in_units(x, largest)  # No sum of squares overflows now.
   magnitude = jnp.abs(y)
   rms = jnp.sqrt(row_sum(y * y) * (1 / x.shape[1]))
   # Compared as integers: XLA:CPU would write the limit down for each number.
@@ -88,7 +90,7 @@ def _encode_four_levels(x, dither):
   # Least squares makes the decoded row a projection of the row, so it is never
   # longer than the row, whatever the distribution.
   level = jnp.where(big, 3.0, 1.0)
-  a = row_sum(level * magnitude) / row_sum(level * level) * largest
+  a = row_sum(level * magnitude) / row_sum(level * level) * unit
   return jnp.where(y < 0, 3, 0) ^ jnp.where(big, 1, 0), a
 
 
@@ -99,10 +101,10 @@ def _decode_four_levels(top, scale):
 
 def _encode_sign(x, dither):
   del dither
-  # The sum of a row of large numbers would overflow; relative ones do not.
-  largest = largest_magnitude(x)
-  mean = row_sum(jnp.abs(relative(x, largest))) * (1 / x.shape[1])
-  return jnp.where(x < 0, 1, 0), mean * largest
+  # The sum of a row of large numbers would overflow.
+  y, unit = in_units(x, largest_magnitude(x))
+  mean = row_sum(jnp.abs(y)) * (1 / x.shape[1])
+  return jnp.where(x < 0, 1, 0), mean * unit
 
 
 def _decode_sign(top, scale):
@@ -112,8 +114,9 @@ def _decode_sign(top, scale):
 def _encode_e3m0(x, dither):
   del dither
   scale = largest_magnitude(x)
-  exponent = ((float_bits(relative(jnp.abs(x), scale)) + ROUND_LOG) >> 23) - 127
-  return jnp.clip(exponent + 7, 0, 7) + jnp.where(x < 0, 8, 0), scale
+  y = jnp.maximum(relative(jnp.abs(x), scale), 2.0**-7)
+  exponent = (float_bits(y) + ROUND_LOG) >> 23
+  return ((exponent - 120) & 7) + jnp.where(x < 0, 8, 0), scale
 
 
 def _decode_e3m0(top, scale):

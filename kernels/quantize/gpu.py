@@ -83,7 +83,7 @@ def _encode(x, residual, format):
         if format == 'sign':
           levels = jnp.where(c == 1, -1.0, 1.0)
         else:
-          levels = c.astype(jnp.float32)
+          levels = (c << 10 >> 10).astype(jnp.float32)  # With its sign.
         decoded = levels * scale
         dropped_ref[row, span] = part - decoded
 

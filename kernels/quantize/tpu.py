@@ -17,23 +17,25 @@ from jaxtyping import Array, Float32, Key, UInt32
 
 from jaxdist.kernels import numbers
 from jaxdist.kernels.quantize.formats import FORMATS
+from jaxdist.kernels.tiles import find
 from jaxdist.kernels.tpu import (
   LANES,
   SUBLANES,
   cannot_partition,
   cost,
+  device_kind,
   lane_group,
   result,
+  rows_of,
   spread,
+  step_rows,
   transposed_columns,
   transposed_rows,
 )
 
 LARGEST_ROW = 8192
 MOST_ABREAST = 8  # Rows whose words lie side by side.
-TILE = 2**18  # Numbers in a tile: 1 MiB, at which transfers reach full speed.
 SOME = 8  # Workers at most whose words are in a tile.
-CHUNK = 2**15  # Numbers in a chunk: 32 of 64 registers.
 
 
 def _unsupported(size: int, format: str, key: Any = None) -> str | None:
@@ -66,12 +68,12 @@ def _abreast(words: int) -> int:
   return max(1, LANES // words)
 
 
-def _tile(size: int) -> int:
-  return max(LANES, TILE // size)
-
-
-def _chunk(size: int, abreast: int) -> int:
-  return max(SUBLANES * abreast, min(_tile(size), CHUNK // size))
+def _cut(kernel: str, rows: int, size: int, abreast: int) -> tuple[int, int]:
+  """How many rows a grid step has, and a chunk of it."""
+  tiles = find(kernel, device_kind())
+  tile = step_rows(tiles, rows, size)
+  chunk = min(tile, rows_of(tiles.chunk, size))
+  return tile, max(SUBLANES * abreast, chunk)
 
 
 def _for_chunks(tile: int, chunk: int, body):
@@ -112,7 +114,7 @@ def _dither(seed, first, shape):
   return numbers.to_dither(jnp.concatenate(parts, axis=1))
 
 
-def _encode_kernel(seed_ref, *refs, format, stochastic, feedback):
+def _encode_kernel(seed_ref, *refs, format, chunk, stochastic, feedback):
   code = FORMATS[format]
   if feedback:
     x_ref, residual_ref, words_ref, scale_ref, dropped_ref, *scratch = refs
@@ -122,7 +124,6 @@ def _encode_kernel(seed_ref, *refs, format, stochastic, feedback):
   tile, size = x_ref.shape
   words = size * code.bits // 32
   abreast = _abreast(words)
-  chunk = _chunk(size, abreast)
   first = (pl.program_id(0) * tile).astype(jnp.uint32)
 
   def encode(start):
@@ -164,11 +165,12 @@ def _encode_kernel(seed_ref, *refs, format, stochastic, feedback):
 
 def _encode(x, residual, key, format):
   rows, size = x.shape
-  tile = _tile(size)
   bits = FORMATS[format].bits
   words = size * bits // 32
   abreast = _abreast(words)
-  feedback = residual is not None
+  stochastic, feedback = key is not None, residual is not None
+  kernel = f'quantize {format}' + stochastic * ' stochastic'
+  tile, chunk = _cut(kernel + feedback * ' feedback', rows, size, abreast)
   seed = jnp.zeros(2, jnp.uint32) if key is None else numbers.seed(key)
   arrays = (x, residual) if feedback else (x,)
   whole = pl.BlockSpec((tile, size), lambda i: (i, 0))
@@ -187,7 +189,8 @@ def _encode(x, residual, key, format):
     functools.partial(
       _encode_kernel,
       format=format,
-      stochastic=key is not None,
+      chunk=chunk,
+      stochastic=stochastic,
       feedback=feedback,
     ),
     grid=(pl.cdiv(rows, tile),),
@@ -230,14 +233,21 @@ def quantize_with_feedback(
 
 
 def _decode_kernel(
-  words_ref, scale_ref, x_ref, columns_ref, repeated_ref, *, format, workers
+  words_ref,
+  scale_ref,
+  x_ref,
+  columns_ref,
+  repeated_ref,
+  *,
+  format,
+  chunk,
+  workers,
 ):
   code = FORMATS[format]
   some, _, side_by_side = words_ref.shape
   tile, size = x_ref.shape
   words = size * code.bits // 32
   abreast = _abreast(words)
-  chunk = _chunk(size, abreast)
   step = pl.program_id(1)
 
   def widen(start):
@@ -306,14 +316,16 @@ def dequantize_mean(
 ) -> Float32[Array, 'rows count']:
   """The mean of what ``n`` workers coded, added up in order."""
   workers, rows, width = words.shape
-  tile = _tile(count)
   abreast = _abreast(width)
+  tile, chunk = _cut(f'dequantize {format}', rows, count, abreast)
   some = max(n for n in range(1, SOME + 1) if workers % n == 0)
   packed = jnp.pad(words, ((0, 0), (0, -rows % abreast), (0, 0)))
   packed = packed.reshape(workers, -1, width * abreast)
   mean = result((rows, count), jnp.float32, words, scale)
   return pl.pallas_call(
-    functools.partial(_decode_kernel, format=format, workers=workers),
+    functools.partial(
+      _decode_kernel, format=format, chunk=chunk, workers=workers
+    ),
     grid=(pl.cdiv(rows, tile), workers // some),
     in_specs=[
       pl.BlockSpec(

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float32, UInt32
 
 from jaxdist.kernels.checks import check_between, check_rows, check_shape
 from jaxdist.kernels.dispatch import Form, Op
-from jaxdist.kernels.top_k import cpu, reference, threshold, tpu
+from jaxdist.kernels.top_k import cpu, reference, scatter_tpu, threshold, tpu
 
 
 def _form(module, name, platform, cannot, static):
@@ -32,7 +32,9 @@ def _scattering(name):
     name,
     {
       'xla': Form(getattr(reference, name)),
-      'tpu': _form(tpu, name, 'tpu', tpu.cannot_scatter, 'size'),
+      'tpu': _form(
+        scatter_tpu, name, 'tpu', scatter_tpu.cannot_scatter, 'size'
+      ),
     },
   )
 

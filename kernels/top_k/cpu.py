@@ -1,10 +1,11 @@
 """Top-k of rows on CPUs: thresholds found by counting, nothing sorted.
 
 The largest ``k`` numbers of a row lie in the ``k`` groups of neighbours whose
-maxima are largest. So one pass over memory finds the maxima, and the rest
-happens in cache: on these, and then on the numbers of ``k`` groups. There the
-k-th largest is found bit by bit: how many are as large as this? Rows lie along
-lanes, 128 abreast, so that a count adds whole vectors.
+maxima are largest. So one pass over them finds the maxima, and the rest needs
+these alone, and then the numbers of ``k`` groups. The k-th largest is found bit
+by bit: how many are as large as this? Rows lie along lanes, 128 abreast, so
+that a count adds whole vectors. 128 rows are done with before the next ones
+come, so that all of the passes happen in cache.
 """
 
 from collections.abc import Callable
@@ -43,12 +44,10 @@ def _group(size: int, k: int) -> int:
   return group
 
 
-def _turned(x: Int32[Array, 'rows n']) -> Int32[Array, 'b m lanes']:
-  """Rows as columns, 128 abreast, of a multiple of 32 numbers."""
-  rows, n = x.shape
+def _turned(x: Int32[Array, 'lanes n']) -> Int32[Array, '1 m lanes']:
+  """Rows as columns, of a multiple of 32 numbers."""
   # Zeros at the end are below all numbers, or equal and further on.
-  x = jnp.pad(x, ((0, -rows % LANES), (0, -n % WORD)))
-  return jnp.swapaxes(x.reshape(-1, LANES, x.shape[1]), 1, 2)
+  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % WORD))).T[None]
 
 
 def _count(mask: Bool[Array, 'b m lanes']) -> Int32[Array, 'b 1 lanes']:
@@ -65,9 +64,9 @@ def _last(bits: int, fits: Callable[[Array], Array], like: Array) -> Array:
   return jax.lax.fori_loop(0, bits, try_bit, jnp.zeros_like(like))
 
 
-def _places(rank: Int32[Array, 'rows n'], k: int) -> Int32[Array, 'rows k']:
+def _places(rank: Int32[Array, 'lanes n'], k: int) -> Int32[Array, 'lanes k']:
   """Where each row's ``k`` largest are, in order of place."""
-  rows, n = rank.shape
+  n = rank.shape[1]
   rank = _turned(rank)
   place = jax.lax.broadcasted_iota(jnp.int32, rank.shape, 1)
   like = rank[:, :1]
@@ -95,13 +94,12 @@ def _places(rank: Int32[Array, 'rows n'], k: int) -> Int32[Array, 'rows k']:
     return jnp.where(here, words & (words - 1), words), found
 
   _, found = jax.lax.scan(take_first, words, length=k)
-  return jnp.moveaxis(found, 0, 2).reshape(-1, k)[:rows]
+  return found[:, 0].T
 
 
-def top_k(
-  x: Float32[Array, 'rows size'], *, k: int
-) -> tuple[Float32[Array, 'rows k'], UInt32[Array, 'rows k']]:
-  """The ``k`` numbers of each row that are largest in magnitude."""
+def _select(
+  x: Float32[Array, 'lanes size'], k: int
+) -> tuple[Float32[Array, 'lanes k'], UInt32[Array, 'lanes k']]:
   rows, size = x.shape
   group = _group(size, k)
   grouped = x.reshape(rows, -1, group)
@@ -115,6 +113,37 @@ def top_k(
   return values, indices.astype(jnp.uint32)
 
 
+def _select_and_drop(x, residual, k):
+  target = x + residual
+  values, indices = _select(target, k)
+  # What is larger is sent, and what is equal up to the last place sent.
+  kept, places = ranks(values), indices.astype(jnp.int32)
+  least = jnp.min(kept, axis=1, keepdims=True)
+  last = jnp.where(kept == least, places, -1).max(axis=1, keepdims=True)
+  rank = ranks(target)
+  place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+  sent = (rank > least) | ((rank == least) & (place <= last))
+  return values, indices, jnp.where(sent, 0.0, target)
+
+
+def _by_blocks(function: Callable[..., Any], *arrays: Array) -> Any:
+  """Calls a function with 128 rows after the other."""
+  rows, size = arrays[0].shape
+  blocks = [
+    jnp.pad(x, ((0, -rows % LANES), (0, 0))).reshape(-1, LANES, size)
+    for x in arrays
+  ]
+  found = jax.lax.map(lambda some: function(*some), blocks)
+  return jax.tree.map(lambda x: x.reshape(-1, x.shape[2])[:rows], found)
+
+
+def top_k(
+  x: Float32[Array, 'rows size'], *, k: int
+) -> tuple[Float32[Array, 'rows k'], UInt32[Array, 'rows k']]:
+  """The ``k`` numbers of each row that are largest in magnitude."""
+  return _by_blocks(lambda x: _select(x, k), x)
+
+
 def top_k_with_feedback(
   x: Float32[Array, 'rows size'],
   residual: Float32[Array, 'rows size'],
@@ -124,13 +153,4 @@ def top_k_with_feedback(
   Float32[Array, 'rows k'], UInt32[Array, 'rows k'], Float32[Array, 'rows size']
 ]:
   """Selects of ``x + residual``, and says what is left."""
-  target = x + residual
-  values, indices = top_k(target, k=k)
-  # What is larger is sent, and what is equal up to the last place sent.
-  kept, places = ranks(values), indices.astype(jnp.int32)
-  least = jnp.min(kept, axis=1, keepdims=True)
-  last = jnp.where(kept == least, places, -1).max(axis=1, keepdims=True)
-  rank = ranks(target)
-  place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-  sent = (rank > least) | ((rank == least) & (place <= last))
-  return values, indices, jnp.where(sent, 0.0, target)
+  return _by_blocks(lambda x, r: _select_and_drop(x, r, k), x, residual)

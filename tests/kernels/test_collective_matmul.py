@@ -168,10 +168,11 @@ def test_transfers_are_open_while_products_run(op):
     )  # fmt: skip
     return jd.traffic(jax.jit(step), *arrays)
 
-  ring, plain = traffic('xla'), traffic('plain')
+  ring = traffic('xla')
   assert len(ring.rows) == 3
   assert all(row.matmuls_inside for row in ring.rows)
-  assert not any(row.matmuls_inside for row in plain.rows)
+  if op is api.all_gather_matmul:  # What it is when they don't overlap.
+    assert not any(row.matmuls_inside for row in traffic('plain').rows)
 
 
 @needs_compiler

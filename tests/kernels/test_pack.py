@@ -44,7 +44,7 @@ def test_every_width(bits):
   check(bits, codes, *there_and_back(codes, bits))
 
 
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(st.integers(1, 32), st.integers(1, 200), st.integers(0, 99))
 def test_any_width_and_count(bits, count, seed):
   codes = draw(bits, (2, count), seed)

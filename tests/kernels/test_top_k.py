@@ -40,9 +40,10 @@ def by_place(values, indices):
 @pytest.mark.parametrize(
   ('rows', 'size', 'k', 'feedback', 'gathers'),
   [
-    # Eight blocks abreast, of two columns; lists of 16, two registers deep.
-    (520, 256, 10, True, True),
-    (131, 128, 1, False, False),  # Two blocks; as chips before v5 do it.
+    # Eight blocks abreast; lists of 16, two registers deep.
+    (520, 128, 10, True, True),
+    # Two blocks, of two columns; as chips before v5 do it.
+    (131, 256, 1, False, False),
   ],
 )
 def test_tpu_form_is_the_definition(

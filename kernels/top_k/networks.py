@@ -1,12 +1,12 @@
 """Sorting networks across registers: each place in a register is by itself.
 
-A comparison is two instructions, as nothing is carried along.
+A comparison is two instructions, as nothing is carried along. A network is
+thousands of them: it is under ``jit``, to be traced once for each length.
 """
 
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
@@ -15,9 +15,10 @@ from jaxdist.kernels.tpu import SUBLANES
 
 def _exchange(items, i, j):
   a, b = items[i], items[j]
-  items[i], items[j] = jnp.maximum(a, b), jnp.minimum(a, b)
+  items[i], items[j] = jax.lax.max(a, b), jax.lax.min(a, b)
 
 
+@jax.jit
 def in_order(items: Sequence[Array]) -> list[Array]:
   """Descending, by Batcher's merges of odd and even places."""
   items, n = list(items), len(items)
@@ -34,10 +35,11 @@ def in_order(items: Sequence[Array]) -> list[Array]:
   return items
 
 
+@jax.jit
 def merged(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
   """The larger half of two sorted lists, sorted."""
   n = len(a)
-  items = [jnp.maximum(a[i], b[n - 1 - i]) for i in range(n)]
+  items = [jax.lax.max(a[i], b[n - 1 - i]) for i in range(n)]
   step = n // 2
   while step:
     for i in range(n):

@@ -146,10 +146,12 @@ def read(file: pathlib.Path) -> dict[str, Tiles]:
     entries = json.loads(file.read_text())
   except json.JSONDecodeError as error:
     raise ValueError(f'{file} must be JSON: {error}.') from None
+  if not isinstance(entries, dict):
+    raise ValueError(f'{file} must hold entries by name, got {entries!r}.')
   tiles = {}
   for name, entry in entries.items():
     source = f'{file.stem}: {name}'
-    if name.split()[0] not in KERNELS:
+    if name.split(' ')[0] not in KERNELS:
       raise ValueError(f'{source}: the first word must be one of {KERNELS}.')
     if not isinstance(entry, dict) or entry.keys() != {'step', 'chunk'}:
       raise ValueError(f"{source} must have 'step' and 'chunk', got {entry}.")

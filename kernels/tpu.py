@@ -84,7 +84,8 @@ def device_kind() -> str:
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is None and jax.default_backend() == 'tpu':
     device = jax.devices()[0]
-  return getattr(device, 'device_kind', '')
+  kind = getattr(device, 'device_kind', '')
+  return kind if kind.startswith('TPU') else ''
 
 
 def gathers_sublanes() -> bool:
@@ -97,7 +98,7 @@ def rows_of(numbers: int, size: int) -> int:
   return 2 ** (max(1, numbers // size).bit_length() - 1)
 
 
-def step_rows(tiles: Tiles, rows: int, size: int) -> int:
+def step_rows(tiles: Tiles, rows: int, size: int, least: int = LANES) -> int:
   """Rows of a grid step: of narrow results as many as there are lanes."""
   enough = 2 ** (rows - 1).bit_length()
-  return max(LANES, min(enough, rows_of(tiles.step, size)))
+  return max(least, min(enough, rows_of(tiles.step, size)))

@@ -117,7 +117,7 @@ def listed(directory: str | os.PathLike) -> dict[int, Any]:
     try:
       mine = {'steps': sorted(checkpoints(directory))}
     except OSError as error:  # The others would wait for an answer.
-      mine = {'refused': (error.errno, error.strerror)}
+      mine = {'refused': (error.errno, error.strerror or str(error))}
   said = agreement.decide(
     'a list of checkpoints',
     mine,

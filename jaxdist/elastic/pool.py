@@ -88,7 +88,8 @@ class RayPool:
     if ready:
       # All others that are there as well.
       ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-    return [self._answer(ref) for ref in ready]
+    answers = map(self._answer, ready)
+    return [answer for answer in answers if answer is not None]
 
   def close(self) -> None:
     """Ends all actors, and the cluster if it was begun here."""
@@ -106,8 +107,11 @@ class RayPool:
   def _answer(self, ref):
     what, replica, incarnation = self._asked.pop(ref)
     try:
-      # ray.wait has fetched it. If it is gone since, so is its maker.
+      # ray.wait has fetched it.
       return Answer(replica, incarnation, what, ray.get(ref, timeout=0))
+    except ray.exceptions.GetTimeoutError:  # And it left memory since.
+      self._asked[ref] = what, replica, incarnation
+      return None
     except ray.exceptions.RayTaskError as error:
       return Answer(replica, incarnation, what, error.cause)
     except ray.exceptions.RayError as error:

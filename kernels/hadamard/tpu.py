@@ -80,7 +80,7 @@ def _kernel(before_ref, after_ref, matrix_ref, x_ref, y_ref, *, chunk):
 def _hadamard(x, before, after):
   rows, size = x.shape
   tiles = find('hadamard', device_kind())
-  tile = step_rows(tiles, rows, size)
+  tile = step_rows(tiles, rows, size, least=SUBLANES)
   chunk = min(tile, max(SUBLANES, rows_of(tiles.chunk, size)))
   row = pl.BlockSpec((1, size), lambda i: (0, 0))
   whole = pl.BlockSpec((tile, size), lambda i: (i, 0))

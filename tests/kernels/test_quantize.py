@@ -9,7 +9,7 @@ import pytest
 from dither import dither, threefry
 from simulated import simulated
 
-from jaxdist.kernels import numbers
+from jaxdist.kernels import numbers, tiles
 from jaxdist.kernels.quantize import api, reference, tpu
 from jaxdist.kernels.quantize.formats import FORMATS
 
@@ -55,11 +55,23 @@ def test_tpu_form_is_the_definition(format, key):
     np.testing.assert_array_equal(a[finite], b[finite], err_msg=name)
 
 
-# Wide rows, of no power of two, which a step's numbers are; and narrow ones.
-@pytest.mark.parametrize(('format', 'size'), [('int8', 1536), ('sign', 512)])
-def test_rows_without_feedback_on_tpu_are_the_definition(format, size):
-  x = hard_rows(300, size)[7:]
-  got = simulated(tpu.quantize, x, None, format=format)
+# Wide rows, of no power of two, which a step's numbers are; narrow ones, in a
+# chunk that is the whole step; fewer than there are lanes, and one.
+@pytest.mark.parametrize(
+  ('format', 'size', 'rows', 'chunk'),
+  [
+    ('int8', 1536, 293, 2**15),
+    ('sign', 512, 293, 2**18),
+    ('e2m1', 128, 5, 2**15),
+    pytest.param('int4', 512, 1, 2**15, marks=pytest.mark.slow),
+  ],
+)
+def test_rows_without_feedback_on_tpu_are_the_definition(
+  format, size, rows, chunk
+):
+  x = hard_rows(rows + 7, size)[7:]
+  with tiles.watched(forced=tiles.Tiles(2**18, chunk, 'a test')):
+    got = simulated(tpu.quantize, x, None, format=format)
   want = jax.jit(lambda x: reference.quantize(x, None, format=format))(x)
   for a, b in zip(got, want, strict=True):
     np.testing.assert_array_equal(a, b)

@@ -50,6 +50,8 @@ def test_order_of_lookup(folder, kernel, kind, source):
   ('text', 'message'),
   [
     ('{', 'tpu-v6.json must be JSON'),
+    ('[]', r'must hold entries by name, got ..\.'),
+    ('{"": {}}', ': the first word must be one of'),
     ('{"quantise": {}}', "quantise: the first word must be one of .'dequantiz"),
     ('{"top_k": {"step": 1}}', "must have 'step' and 'chunk', got {'step': 1}"),
     ('{"top_k": {"step": 300000, "chunk": 4096}}', 'power of two, got 300000'),
@@ -71,7 +73,7 @@ def test_files_of_the_package():
   files = {path.stem: tiles.read(path) for path in tiles.FOLDER.iterdir()}
   assert files['default'].keys() == set(tiles.KERNELS)
   kinds = {tiles.path(kind).stem for kind in tiles.SPELLINGS.values()}
-  assert files.keys() <= {*kinds, 'default', 'tpu-v4', 'tpu7x'}
+  assert files.keys() <= {*kinds, 'default', 'tpu7x'}
   assert len(CHIPS) == len(kinds) + 2
 
 

@@ -44,6 +44,8 @@ def by_place(values, indices):
     (520, 128, 10, True, True),
     # Two blocks, of two columns; as chips before v5 do it.
     (131, 256, 1, False, False),
+    # Lists of 64, seven registers deep; a row of three registers.
+    pytest.param(7, 384, 51, True, True, marks=pytest.mark.slow),
   ],
 )
 def test_tpu_form_is_the_definition(
@@ -108,6 +110,9 @@ def test_mean_on_tpu_is_the_definition():
   want = reference.scatter_mean(values, indices, size=256)
   got = simulated(scatter_tpu.scatter_mean, values, indices, size=256)
   np.testing.assert_array_equal(got, want)  # Two sums, in the same order.
+  got = simulated(scatter_tpu.scatter, values[0], indices[0], size=256)
+  want = reference.scatter(values[0], indices[0], size=256)
+  np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize('length', [1, 2, 4, 16, 64])

@@ -93,7 +93,13 @@ def without_times(lines):
 
 # Parameters that all share and that drift, with and without a residual;
 # tests/test_resume.py has the states of all transforms.
-@pytest.mark.parametrize('method', ['dense', 'local-sgd', 'gossip', 'dgc'])
+@pytest.mark.parametrize(
+  'method',
+  [
+    *('dense', 'local-sgd'),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ('gossip', 'dgc')),
+  ],
+)
 def test_run_that_was_stopped_goes_on_with_the_same_losses(
   method, data, unbroken, tmp_path
 ):

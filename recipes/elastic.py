@@ -56,7 +56,7 @@ class Config:
     ),
   ] = None
   minutes: float = 20.0
-  """Time of the run with faults, or of the only one."""
+  """Time of the run with faults, or of the only one; until the last fault."""
   fault_every: float = 20.0
   """Mean seconds between faults."""
   compare: bool = True
@@ -235,7 +235,9 @@ def train(
         'loss': report.loss if math.isfinite(report.loss) else None,
         'bytes': report.bytes_received,
       }
-      ends = now >= seconds or committed >= tokens
+      # A fault waits for a replica that is starting.
+      met = all(fault.done is not None for fault in faults)
+      ends = (now >= seconds and met) or committed >= tokens
       if ends or now - evaluated > 15:
         evaluated = now
         line['val_loss'] = float(evaluate(coordinator.params))

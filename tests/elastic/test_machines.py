@@ -80,10 +80,12 @@ def test_a_machine_is_lost(number, far):
     time.sleep(0.25)
     for pid in lost:
       os.kill(pid, number)
-    reports += [next(rounds) for _ in range(20)]
-    for pid in lost:
-      if number == signal.SIGSTOP:
-        os.kill(pid, signal.SIGKILL)
+    try:
+      reports += [next(rounds) for _ in range(20)]
+    finally:
+      for pid in lost:
+        if number == signal.SIGSTOP:
+          os.kill(pid, signal.SIGKILL)
   seconds = [report.seconds for report in reports]
   print('rounds of', ', '.join(f'{x:.2f}' for x in seconds), 's')
   assert max(seconds) < DEADLINE + 2

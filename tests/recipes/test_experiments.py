@@ -131,8 +131,8 @@ def test_changes_of_operators_bear_compression_and_operators_do_not():
 def test_levels_by_leaf_lose_less_than_one_level_of_their_bytes():
   levels, uniform, cheaper = lgreco.families()['top-k of 512']
   trainer = lgreco.Trainer({k: levels[k] for k in (1, 2, 4, 16)})
-  own = [trainer.run(seed, uniform, 300, every=300) for seed in range(2)]
-  same = [trainer.run(seed, cheaper, 300) for seed in range(2)]
+  own = [trainer.run(seed, uniform, 300, every=300) for seed in range(3)]
+  same = [trainer.run(seed, cheaper, 300) for seed in range(3)]
   assert all(a['sent'] <= b['sent'] for a, b in zip(own, same, strict=True))
   # Single losses differ by a factor of three: 0.06 and 0.15 in the mean.
   mean = lambda runs: np.mean([run['loss'] for run in runs])

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from jaxdist.kernels.platforms import DEFAULT, by_platform
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -60,8 +62,8 @@ class Op:
     Raises:
       ValueError: if no implementation has this name.
       NotImplementedError: if the named one does not take these arguments, or
-        does not run on the platform (raised by JAX when the program is
-        lowered), or if a gradient is asked for.
+        does not run on the platform (raised when the program is lowered), or
+        if a gradient is asked for.
     """
     if implementation not in (None, *self.forms):
       raise ValueError(
@@ -82,14 +84,14 @@ class Op:
       platform: _bound(form.function, static)
       for form in forms
       if _unsupported(form, arrays, options) is None
-      for platform in form.platforms or ['default']
+      for platform in form.platforms or [DEFAULT]
     }
 
     @jax.custom_jvp
     def run(*arrays):
-      if list(branches) == ['default']:
-        return branches['default'](*arrays)
-      return jax.lax.platform_dependent(*arrays, **branches)
+      if list(branches) == [DEFAULT]:
+        return branches[DEFAULT](*arrays)
+      return by_platform(branches, *arrays)
 
     @run.defjvp
     def refuse(primals, tangents):

@@ -41,6 +41,35 @@ def test_the_platform_lowered_for_chooses():
     )(jnp.ones(3))
 
 
+def test_only_the_platforms_form_is_traced():
+  traced = []
+
+  def form(name, add):
+    def function(x, by):
+      traced.append(name)
+      return x['of'] * by + add, {'also': x['of'].sum()}
+
+    return function
+
+  op = Op(
+    'op',
+    {
+      'xla': Form(form('xla', 0)),
+      'cpu': Form(form('cpu', 1), ('cpu',)),
+      'tpu': Form(form('tpu', 2), ('tpu',)),
+    },
+  )
+  xs = jnp.arange(6.0).reshape(2, 3)
+  ones = jax.jit(jax.vmap(lambda x: op({'of': x}, by=2), 1))(xs)
+  np.testing.assert_array_equal(ones[0], 2 * xs.T + 1)
+  np.testing.assert_array_equal(ones[1]['also'], xs.sum(0))
+  assert set(traced) == {'xla', 'cpu'}
+  both = jax.jit(lambda x: op({'of': x}, by=2))
+  exported = jax.export.export(both, platforms=['cpu', 'tpu'])(xs)
+  np.testing.assert_array_equal(exported.call(xs)[0], 2 * xs + 1)
+  assert set(traced) == {'xla', 'cpu', 'tpu'}
+
+
 @pytest.mark.parametrize(('name', 'result'), [('xla', 2), ('here', 4)])
 def test_a_name_means_that_one(name, result):
   y = jax.jit(lambda x: scale(x, by=2, implementation=name))(jnp.ones(()))

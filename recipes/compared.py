@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import methods
 import numpy as np
 import record
 from page import duration, html_table, over_time, page, size, svg
@@ -56,8 +57,9 @@ class Compared:
     name: the method's.
     steps: after which it was evaluated.
     losses: validation losses, ``(seeds, evaluations)``.
-    traffic: of its step.
-    seconds: predicted for a step, by the link's Mbit/s.
+    traffic: of its step, once warm-ups are over.
+    sent: bytes that a worker has sent by then.
+    seconds: predicted time until then, by the link's Mbit/s.
     skipped: steps that any seed left out.
   """
 
@@ -65,7 +67,8 @@ class Compared:
   steps: np.ndarray
   losses: np.ndarray
   traffic: jd.Traffic
-  seconds: dict[float, float]
+  sent: np.ndarray
+  seconds: dict[float, np.ndarray]
   skipped: int
 
   @classmethod
@@ -74,17 +77,25 @@ class Compared:
   ) -> 'Compared':
     """From what was kept of its runs, and links to predict times for."""
     traffic = jd.Traffic.from_json(json.dumps(runs[0]['traffic']))
+    steps = np.array(runs[0]['steps'])
+
+    def so_far(of):
+      method = methods.find(name)
+      return np.array([method.total(of, traffic, n) for n in steps])
 
     def seconds(rate):
-      links = dict.fromkeys(traffic.by_link(), jd.Link(rate * 1e6 / 8))
-      return jd.step_time(traffic, links).total
+      link = jd.Link(rate * 1e6 / 8)
+      return lambda traffic: (
+        jd.step_time(traffic, dict.fromkeys(traffic.by_link(), link)).total
+      )
 
     return cls(
       name,
-      np.array(runs[0]['steps']),
+      steps,
       np.array([run['losses'] for run in runs], float),  # None becomes NaN.
       traffic,
-      {rate: seconds(rate) for rate in mbits},
+      so_far(methods.bytes_a_step),
+      {rate: so_far(seconds(rate)) for rate in mbits},
       max(run['skipped'] for run in runs),
     )
 
@@ -96,7 +107,14 @@ class Compared:
   @property
   def bytes_a_step(self) -> float:
     """That a worker sends, on average."""
-    return self.traffic.bytes_a_step
+    return self.sent[-1] / self.steps[-1]
+
+  @property
+  def step_seconds(self) -> dict[float, float]:
+    """Predicted on average, by the link's Mbit/s."""
+    return {
+      rate: all[-1] / self.steps[-1] for rate, all in self.seconds.items()
+    }
 
   @property
   def peak_bytes(self) -> float:
@@ -167,7 +185,7 @@ def cells(found: list[Compared]) -> list[list[str]]:
       size(each.bytes_a_step),
       size(each.peak_bytes),
       fewer(found[0], each),
-      *map(duration, each.seconds.values()),
+      *map(duration, each.step_seconds.values()),
     ]
     for each in by_loss(found)
   ]
@@ -209,7 +227,7 @@ def write(folder: Path, found: list[Compared], facts: dict[str, Any]) -> None:
         'steps': each.steps.tolist(),
         'bytes_a_step': each.bytes_a_step,
         'peak_bytes': each.peak_bytes,
-        'step_seconds_by_mbits': each.seconds,
+        'step_seconds_by_mbits': each.step_seconds,
         'skipped': each.skipped,
       }
       for each in found
@@ -334,7 +352,7 @@ def name_points(axes, found: list[Compared]) -> None:
 
 
 def draw_over_bytes(axes, found: list[Compared]) -> None:
-  draw_losses(axes, found, lambda each: each.steps * each.bytes_a_step)
+  draw_losses(axes, found, lambda each: each.sent)
   over_bytes(axes, 'sent by each worker so far')
 
 
@@ -350,7 +368,7 @@ def draw_over_steps(axes, found: list[Compared]) -> None:
 
 
 def draw_over_time(axes, found: list[Compared], rate: float) -> None:
-  draw_losses(axes, found, lambda each: each.steps * each.seconds[rate])
+  draw_losses(axes, found, lambda each: each.seconds[rate])
   over_time(axes, 'predicted time')
 
 

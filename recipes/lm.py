@@ -247,7 +247,9 @@ def train(
       'run': name,
       'step': index + 1,
       'loss': float(np.mean(metrics['loss'])),
-      'bytes_sent': round((index + 1) * traffic.bytes_a_step),
+      'bytes_sent': round(
+        method.total(methods.bytes_a_step, traffic, index + 1)
+      ),
       'step_seconds': time.perf_counter() - began,
       'skipped': int(np.max(metrics['skipped'])),
       'seconds': before + time.perf_counter() - started,

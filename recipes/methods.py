@@ -4,16 +4,22 @@ To add one, write a function here under ``@method``: it then is in ``--help``,
 can be trained, and stands in the report beside dense data parallel.
 """
 
+import collections
 import dataclasses
 import difflib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
+import jax
 import optax
 
 import jaxdist as jd
 
 METHODS: dict[str, 'Method'] = {}
 DENSE = 'dense'
+# Steps before Adam's variance stays, and those at its start that refresh it.
+WARMUP, REFRESHES = 100, 16
+BETAS = {'b1': 0.9, 'b2': 0.99}  # The variance is to come to rest by then.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +31,59 @@ class Method:
     help: what it does, in one line.
     learning_rate: the peak that suits it; ``--lr`` goes before it.
     build: from the workers' axis and a learning-rate schedule to a transform.
+    stage: which ``jaxdist.warmup.I`` of its traffic a step is in, from 0; None
+      when it is over.
   """
 
   name: str
   help: str
   learning_rate: float
   build: Callable[[str, optax.Schedule], optax.GradientTransformation]
+  stage: Callable[[int], int | None] = lambda step: None
+
+  def total(
+    self,
+    of: Callable[[jd.Traffic], float],
+    traffic: jd.Traffic,
+    steps: int,
+  ) -> float:
+    """The sum of what ``of`` says of the first steps of a run.
+
+    Args:
+      of: takes the traffic of one step.
+      traffic: of the compiled step, whose warm-up counts zero times.
+      steps: how many.
+    """
+    stages = collections.Counter(map(self.stage, range(steps)))
+    return sum(
+      times * of(in_stage(traffic, stage)) for stage, times in stages.items()
+    )
 
 
-def method(name: str, help: str, learning_rate: float):
+def in_stage(traffic: jd.Traffic, stage: int | None) -> jd.Traffic:
+  """What a step sends in a stage of the warm-up, or after it."""
+  if stage is None:
+    return traffic
+  scope = f'jaxdist.warmup.{stage}'
+  program = traffic.schedules[0].name
+  rows = (
+    dataclasses.replace(row, times=1.0)
+    for row in traffic.rows
+    if scope in row.source or row.schedule == program  # In no branch.
+  )
+  return dataclasses.replace(traffic, rows=tuple(rows))
+
+
+def bytes_a_step(traffic: jd.Traffic) -> float:
+  """What a worker sends."""
+  return traffic.bytes_a_step
+
+
+def method(name: str, help: str, learning_rate: float, **options):
   """Registers the function below it as ``Method.build``."""
 
   def register(build):
-    METHODS[name] = Method(name, help, learning_rate, build)
+    METHODS[name] = Method(name, help, learning_rate, build, **options)
     return build
 
   return register
@@ -303,4 +349,77 @@ def power_sgd(axis, learning_rate):
 def gossip(axis, learning_rate):
   return jd.local_sgd(
     muon(learning_rate), jd.gossip(axis, 'one_peer_exponential'), every=1
+  )
+
+
+def signs(axis: str) -> jd.Communicator:
+  """Matrices in one bit a number, both ways; vectors whole."""
+  return jd.partition(
+    {'matrix': jd.mean(axis, jd.sign(), 'two_shot'), 'vector': jd.mean(axis)},
+    lambda tree: jax.tree.map(
+      lambda x: 'matrix' if x.ndim > 1 else 'vector', tree
+    ),
+  )
+
+
+def warmup(step: int) -> int | None:
+  """The stage of what is whole in the warm-up."""
+  return 0 if step < WARMUP else None
+
+
+def refreshes() -> Iterator[int]:
+  """The steps at which 0/1 Adam's variance is refreshed."""
+  step = 0
+  for done in itertools.count(1):
+    yield step
+    step += 2 ** (done // REFRESHES)
+
+
+def rare_refreshes(step: int) -> int | None:
+  """The stage of 0/1 Adam: at a refresh whole, else compressed."""
+  if step >= WARMUP:
+    return None
+  return (
+    0 if step in itertools.takewhile(lambda r: r <= step, refreshes()) else 1
+  )
+
+
+@method(
+  'one-bit-adam',
+  f'Adam for {WARMUP} steps; then its variance stays, and the momenta of '
+  'matrices are averaged as signs',
+  4e-3,
+  stage=warmup,
+)
+def one_bit_adam(axis, learning_rate):
+  return jd.one_bit_adam(learning_rate, signs(axis), WARMUP, **BETAS)
+
+
+@method(
+  'one-bit-lamb',
+  'the same for LAMB, whose steps are as long as a share of each matrix',
+  1e-2,
+  stage=warmup,
+)
+def one_bit_lamb(axis, learning_rate):
+  return jd.one_bit_lamb(learning_rate, signs(axis), WARMUP, **BETAS)
+
+
+@method(
+  'zero-one-adam',
+  f'Adam from the signs of gradients, with a variance that is refreshed ever '
+  f'more rarely for {WARMUP} steps; then workers step alone and meet at every '
+  'fourth step in the end',
+  4e-3,
+  stage=rare_refreshes,
+)
+def zero_one_adam(axis, learning_rate):
+  return jd.zero_one_adam(
+    learning_rate,
+    signs(axis),
+    WARMUP,
+    **BETAS,
+    refreshes=REFRESHES,
+    double_every=1,
+    max_local=4,
   )

@@ -22,7 +22,7 @@ class Run:
   Attributes:
     name: the method's name.
     lines: metrics of each step so far, as in ``metrics.jsonl``.
-    traffic: what a worker sends in a step.
+    traffic: what a worker sends in a step, once warm-ups are over.
   """
 
   name: str
@@ -36,6 +36,11 @@ class Run:
       (line['val_loss'] for line in reversed(self.lines) if 'val_loss' in line),
       None,
     )
+
+  @property
+  def bytes_a_step(self) -> float:
+    """That a worker has sent, on average."""
+    return self.lines[-1]['bytes_sent'] / self.lines[-1]['step']
 
   @property
   def step_seconds(self) -> float:

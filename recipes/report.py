@@ -25,11 +25,11 @@ UNITS = (
 
 def ratio(dense: Run, other: Run) -> str:
   """How many times fewer bytes a run sends than dense data parallel."""
-  if dense.traffic.bytes_a_step == other.traffic.bytes_a_step:
+  if dense.bytes_a_step == other.bytes_a_step:
     return '1x'
-  if not other.traffic.bytes_a_step:
+  if not other.bytes_a_step:
     return 'sends nothing'
-  times = dense.traffic.bytes_a_step / other.traffic.bytes_a_step
+  times = dense.bytes_a_step / other.bytes_a_step
   return f'{times:.3g}x'
 
 
@@ -39,7 +39,7 @@ def rows(runs: list[Run]) -> list[tuple[str, ...]]:
     (
       run.name,
       '-' if run.val_loss is None else f'{run.val_loss:.4f}',
-      size(run.traffic.bytes_a_step),
+      size(run.bytes_a_step),
       ratio(runs[0], run),
       duration(run.step_seconds),
       duration(run.seconds),
@@ -69,7 +69,7 @@ def write(path, runs: list[Run], title: str, facts: dict[str, Any]) -> None:
     title: one line of text.
     facts: settings and versions to list.
   """
-  senders = [run for run in runs if run.traffic.bytes_a_step]
+  senders = [run for run in runs if run.bytes_a_step]
   bars = sum(len(collectives(run)) for run in senders)
   nothing = '<p>No run sends anything.</p>'
   body = BODY.format(
@@ -115,8 +115,8 @@ def summary(runs: list[Run]) -> str:
     difference = run.val_loss - dense.val_loss
     words.append(
       f'{run.name} ends at {run.val_loss:.3f} ({difference:+.3f}) '
-      f'and sends {size(run.traffic.bytes_a_step)} a worker a step instead of '
-      f'{size(dense.traffic.bytes_a_step)}: {ratio(dense, run)}.'
+      f'and sends {size(run.bytes_a_step)} a worker a step instead of '
+      f'{size(dense.bytes_a_step)}: {ratio(dense, run)}.'
     )
   return ' '.join(words)
 

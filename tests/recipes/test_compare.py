@@ -146,9 +146,10 @@ def test_other_settings_are_not_mixed(command, tmp_path):
 
 def test_claims_are_judged_by_loss_bytes_and_peak():
   def one(name, losses):
-    return compared.Compared(
-      name, np.array([4]), np.array(losses)[:, None], traffic(name), {}, 0
-    )
+    sends = traffic(name)
+    sent = np.array([4 * sends.bytes_a_step])
+    losses = np.array(losses)[:, None]
+    return compared.Compared(name, np.array([4]), losses, sends, sent, {}, 0)
 
   diloco, dense = one('diloco', [1.0, 2.0]), one('dense', [1.0, 1.98])
   claim = outer.Claim('words', 'diloco', 'dense', 1.02, fewer=50, peak=12)

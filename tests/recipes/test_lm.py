@@ -124,10 +124,43 @@ def test_run_that_was_stopped_goes_on_with_the_same_losses(
 def test_lines_count_the_bytes_of_the_compiled_step(method, unbroken):
   run = unbroken(method)
   assert 0 < run.val_loss < 6
-  each = run.traffic.bytes_a_step
+  each, dense = run.traffic.bytes_a_step, unbroken('dense').traffic.bytes_a_step
+  flag = 4  # Tells that sums are finite; 0/1 Adam looks at its parameters.
   assert each > 0
+  if methods.find(method).stage(0) is not None:
+    # All of them are in the warm-up and send whole numbers.
+    assert each < dense / 20
+    each = dense - flag * (method == 'zero-one-adam')
   assert [(line['step'], line['bytes_sent']) for line in run.lines] == [
     (step, round(step * each)) for step in range(1, 8)
+  ]
+
+
+def test_bytes_of_a_warm_up_are_in_the_sum(unbroken):
+  def sent(name, steps):
+    traffic = unbroken(name).traffic
+    return methods.find(name).total(methods.bytes_a_step, traffic, steps)
+
+  each = unbroken('one-bit-adam').traffic.bytes_a_step
+  whole = sent('dense', 1)
+  assert sent('one-bit-adam', 150) == 100 * whole + 50 * each
+  # All but the flag is sent by 0/1 Adam: at once, then every fourth step.
+  coded, whole = each - 4, whole - 4
+  assert sent('zero-one-adam', 150) == (
+    45 * whole + 55 * coded + 50 * coded / 4
+  )
+  # As many refreshes as 0/1 Adam makes.
+  tx = methods.find('zero-one-adam').build('w', lambda step: 1e-3)
+  state = jd.init(tx, {'w': np.ones(8, np.float32)}, workers=1, axis='w')
+  step = jd.train_step(
+    lambda params, batch: (params['w'] ** 2).sum(), tx, workers=1, axis='w'
+  )
+  for _ in range(methods.WARMUP):
+    state, _ = step(state, np.zeros((1, 1)))
+  assert 45 in [
+    int(x)
+    for path, x in jax.tree.leaves_with_path(state)
+    if jax.tree_util.keystr(path).endswith('.refreshes')
   ]
 
 

@@ -128,15 +128,21 @@ def test_changes_of_operators_bear_compression_and_operators_do_not():
   assert end('descent-ascent, random', 0.001, 200).min() > 0.015
 
 
-def test_levels_by_leaf_lose_less_than_one_level_of_their_bytes():
-  levels, uniform, cheaper = lgreco.families()['top-k of 512']
-  trainer = lgreco.Trainer({k: levels[k] for k in (1, 2, 4, 16)})
-  own = [trainer.run(seed, uniform, 300, every=300) for seed in range(3)]
-  same = [trainer.run(seed, cheaper, 300) for seed in range(3)]
-  assert all(a['sent'] <= b['sent'] for a, b in zip(own, same, strict=True))
-  # Single losses differ by a factor of three: 0.06 and 0.15 in the mean.
-  mean = lambda runs: np.mean([run['loss'] for run in runs])
-  assert mean(own) < 0.7 * mean(same)
+def test_levels_by_leaf_lose_less_than_one_level_of_more_bytes(monkeypatch):
+  # All seeds choose the same levels, so that they share a compiled step.
+  monkeypatch.setattr(lgreco, 'UNITS', (64, 256, 10))
+  sparse = lambda k: jd.mean(
+    trials.AXIS, jd.top_k(k / 512, block_size=512), 'gather'
+  )
+  leveled, uniform = (
+    lgreco.Trainer({k: sparse(k) for k in ks}) for ks in ((1, 4, 8), (3,))
+  )
+  own = [leveled.run(seed, 4, 150, every=150) for seed in range(3)]
+  same = [uniform.run(seed, 3, 150) for seed in range(3)]
+  for a, b in zip(own, same, strict=True):
+    assert a['sent'] < 0.85 * b['sent']
+  # About 0.08 and 0.23.
+  assert max(run['loss'] for run in own) < 0.7 * min(r['loss'] for r in same)
 
 
 def test_sparse_adapters_nearly_keep_up_with_whole_ones(tmp_path):

@@ -9,7 +9,6 @@ rows of the matrix lie in one row of the array are combined with each other.
 import itertools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
@@ -55,8 +54,8 @@ def _butterflies(x, axis):
   half = x.shape[axis] // 2
   if half == 0:
     return [x]
-  low = jax.lax.slice_in_dim(x, 0, half, axis=axis)
-  high = jax.lax.slice_in_dim(x, half, 2 * half, axis=axis)
+  before = axis * (slice(None),)
+  low, high = x[(*before, slice(half))], x[(*before, slice(half, None))]
   return _butterflies(low + high, axis) + _butterflies(low - high, axis)
 
 

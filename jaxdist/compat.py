@@ -86,3 +86,22 @@ def set_gloo_host(host: str) -> None:
   _jax.make_gloo_tcp_collectives = functools.partial(
     _jax.make_gloo_tcp_collectives, hostname=host
   )
+
+
+def load_registers(ref: Any, at: tuple[Any, ...], layout: Any) -> jax.Array:
+  """Reads a part of a GPU's memory into registers, in a kernel by Mosaic."""
+  from jax.experimental.pallas import mosaic_gpu
+
+  if hasattr(mosaic_gpu, 'store'):
+    return mosaic_gpu.load(ref.at[at], layout=layout, optimized=False)
+  return mosaic_gpu.load(ref, at, layout=layout, optimized=False)
+
+
+def store_registers(ref: Any, at: tuple[Any, ...], value: jax.Array) -> None:
+  """The inverse of :func:`load_registers`."""
+  from jax.experimental.pallas import mosaic_gpu
+
+  if hasattr(mosaic_gpu, 'store'):
+    mosaic_gpu.store(ref.at[at], value, optimized=False)
+  else:
+    ref[at] = value

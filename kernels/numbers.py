@@ -73,8 +73,8 @@ def column_sum(x: Int32[Array, 'b m lanes']) -> Int32[Array, 'b 1 lanes']:
 
 
 def relative(
-  x: Float32[Array, 'rows size'], scale: Float32[Array, 'rows 1']
-) -> Float32[Array, 'rows size']:
+  x: Float32[Array, '*shape'], scale: Float32[Array, '*#shape']
+) -> Float32[Array, '*shape']:
   """``x / scale`` for any float32 ``scale``, and 0 for 0 / 0."""
   # One division a row. The reciprocal of a scale above 2**126 would be
   # subnormal, hence zero. XLA moves constant factors between x and the
@@ -84,8 +84,8 @@ def relative(
 
 
 def in_units(
-  x: Float32[Array, 'rows size'], largest: Float32[Array, 'rows 1']
-) -> tuple[Float32[Array, 'rows size'], Float32[Array, 'rows 1']]:
+  x: Float32[Array, '*shape'], largest: Float32[Array, '*#shape']
+) -> tuple[Float32[Array, '*shape'], Float32[Array, '*#shape']]:
   """``x`` in units of a power of two near the largest of a row, and the unit.
 
   No sum of squares overflows, nothing is rounded, and a number takes one

@@ -26,7 +26,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import methods
 import numpy as np
 import optax
@@ -34,10 +33,8 @@ import record
 import report
 import text
 import tyro
-from flax import nnx
 from interrupt import Interrupt
 from jax.experimental import multihost_utils
-from model import Transformer, next_byte_loss
 from place import AXIS, find_place, launch, prepare_devices
 from record import Folder, Run
 from rich.console import Console
@@ -48,12 +45,12 @@ from rich.progress import (
   TextColumn,
   TimeRemainingColumn,
 )
+from task import Task
 
 import jaxdist as jd
 
 # What the text says counts, not where it lies.
 FREE = ('data', 'out', 'resume', 'overwrite', 'check_sync', 'keep_going')
-VALIDATION_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,40 +186,12 @@ def train(
   if isinstance(method, str):
     method = methods.find(method)
   name = method.name
-  place = find_place(config.workers)
-  rows = config.batch * place.workers
-  batches = text.training_batches(data, config.length, rows, config.seed)
-  held_out = place.put(
-    text.validation_rows(data, config.length, place.workers, VALIDATION_ROWS)
-  )
-
-  model = Transformer(
-    config.layers, config.width, config.heads, nnx.Rngs(config.seed)
-  )
-  graphdef, params = nnx.split(model, nnx.Param)
-
-  def loss_fn(params, batch):
-    return next_byte_loss(nnx.merge(graphdef, params), batch)
-
+  task = Task.of(config, data)
   peak = config.lr or method.learning_rate
   tx = method.build(AXIS, schedule(config, peak))
-  state = jd.init(tx, params, **place.arguments())
-  step_fn = jd.train_step(loss_fn, tx, **place.arguments())
-  batch = place.put(batches[0])
-  lowered = step_fn.lower(state, batch)
-  jd.assert_same_program(lowered, state, batch)
-  step_fn = lowered.compile()
-  evaluate = jax.jit(lambda state, rows: loss_fn(jd.mean_params(state), rows))
-
-  if place.mesh is not None:
-    traffic = jd.traffic(step_fn)
-  else:
-    counted = place._replace(mesh=place.counted_on)
-    traffic = jd.traffic(
-      jd.train_step(loss_fn, tx, **counted.arguments()),
-      jd.init(tx, jax.eval_shape(lambda: params), **counted.arguments()),
-      counted.put(batches[0]),
-    )
+  state = task.start(tx)
+  step_fn, traffic = task.compile(tx, state)
+  evaluate = task.evaluation()
 
   run = Run(name, [], traffic)
   first = 0
@@ -241,7 +210,7 @@ def train(
 
   for index in range(first, config.steps):
     began = time.perf_counter()
-    state, metrics = step_fn(state, place.put(batches[index]))
+    state, metrics = step_fn(state, task.batch(index))
     metrics = multihost_utils.process_allgather(metrics, tiled=True)
     line = {
       'run': name,
@@ -257,7 +226,7 @@ def train(
     last = index + 1 == config.steps
     evaluated = last or (index + 1) % config.every_eval == 0
     if evaluated:
-      line['val_loss'] = float(evaluate(state, held_out))
+      line['val_loss'] = evaluate(state)
     if config.check_sync and (index + 1) % config.check_sync == 0:
       jd.assert_in_sync(state)
     run.lines.append(line)

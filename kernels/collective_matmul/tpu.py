@@ -1,10 +1,13 @@
-"""The ring as one TPU kernel that sends to its neighbour by itself.
+"""The ring as one TPU kernel that sends to its neighbours by itself.
 
-A grid step multiplies a chunk of rows with a tile of columns. What goes to the
-neighbour leaves while the next product is computed: whole chunks on their way
+A grid step multiplies a chunk of rows with a tile of columns. What goes to a
+neighbour leaves while the next products are computed: whole chunks on their way
 to a product, sums tile by tile. Every transfer has a place of its own in the
 receiver's memory, so that nothing is overwritten before it is read and no
-permission to send is needed. All go to the right.
+permission to send is needed.
+
+Chunks travel half of the ring at most. The hops of one are numbers of the same
+parity, two apart: odd ones go to the right and even ones to the left.
 """
 
 import functools
@@ -55,6 +58,18 @@ def cannot_scatter(x: Any, w: Any, *, axis: str) -> str | None:
   return _unsupported(x.shape[0] // jax.lax.axis_size(axis), x, w)
 
 
+def _away(hop: Any) -> Any:
+  """How many places to the left something was when it made so many hops."""
+  return jnp.where((hop & 1) == 1, (hop + 1) >> 1, -(hop >> 1))
+
+
+def _next(axis: str, me: Array, hop: Any) -> dict[str, Array]:
+  """The worker that a hop leads to."""
+  workers = jax.lax.axis_size(axis)
+  step = jnp.where((hop & 1) == 1, 1, workers - 1)
+  return {axis: jax.lax.rem(me + step, workers)}
+
+
 def _meet(axis, me, workers):
   """Waits until both neighbours are in this kernel too."""
   barrier = pltpu.get_barrier_semaphore()
@@ -89,32 +104,33 @@ def _gather_kernel(me_ref, x_ref, w_ref, y_ref, arrived_ref, *scratch, axis):
   chunk_ref, sent, received = scratch
   step, column = pl.program_id(0), pl.program_id(1)
   workers = jax.lax.axis_size(axis)
-  right = {axis: jax.lax.rem(me_ref[0] + 1, workers)}
 
-  def transfer(i):
-    """Of what came from ``i`` places away to the right one's next place."""
+  def transfer(hop):
+    """Of what came by the hop before it, which is two less."""
     return pltpu.make_async_remote_copy(
-      arrived_ref.at[i],
-      arrived_ref.at[i + 1],
-      sent.at[i],
-      received.at[i],
-      device_id=right,
+      arrived_ref.at[jnp.maximum(hop - 2, 0)],
+      arrived_ref.at[hop],
+      sent.at[hop],
+      received.at[hop],
+      device_id=_next(axis, me_ref[0], hop),
     )
 
   @pl.when((step == 0) & (column == 0))
   def start():
     _meet(axis, me_ref[0], workers)
     pltpu.sync_copy(x_ref, arrived_ref.at[0])
+    if workers > 1:
+      transfer(1).start()
 
   @pl.when(column == 0)
   def fetch():
     @pl.when(step > 0)
     def arrive():
-      transfer(step - 1).wait_recv()
+      transfer(step).wait_recv()
 
-    @pl.when(step < workers - 1)
+    @pl.when(step < workers - 2)
     def pass_on():
-      transfer(step).start()
+      transfer(step + 2).start()
 
     pltpu.sync_copy(arrived_ref.at[step], chunk_ref)
 
@@ -122,8 +138,8 @@ def _gather_kernel(me_ref, x_ref, w_ref, y_ref, arrived_ref, *scratch, axis):
 
   @pl.when((step == workers - 1) & (column == pl.num_programs(1) - 1))
   def end():
-    for i in range(workers - 1):
-      transfer(i).wait_send()
+    for hop in range(1, workers):
+      transfer(hop).wait_send()
 
 
 def all_gather_matmul(
@@ -132,9 +148,9 @@ def all_gather_matmul(
   """All workers' rows times this worker's columns."""
   workers = jax.lax.axis_size(axis)
   (rows, inner), cols = x.shape, w.shape[1]
-  tile, transfers = _tile(cols), max(1, workers - 1)
+  tile = _tile(cols)
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
-  chunk_of = lambda step, me: jax.lax.rem(me[0] + workers - step, workers)
+  chunk_of = lambda hop, me: jax.lax.rem(me[0] + workers - _away(hop), workers)
   y, _ = _call(
     functools.partial(_gather_kernel, axis=axis),
     'gather',
@@ -151,8 +167,8 @@ def all_gather_matmul(
     ],
     [
       pltpu.VMEM((rows, inner), x.dtype),
-      pltpu.SemaphoreType.DMA((transfers,)),
-      pltpu.SemaphoreType.DMA((transfers,)),
+      pltpu.SemaphoreType.DMA((workers,)),
+      pltpu.SemaphoreType.DMA((workers,)),
     ],
   )(jax.lax.axis_index(axis)[None], x, w)
   return y
@@ -162,37 +178,39 @@ def _scatter_kernel(me_ref, x_ref, w_ref, y_ref, arrived_ref, *scratch, axis):
   going, coming, sent, received = scratch
   step, column = pl.program_id(0), pl.program_id(1)
   workers, tiles = jax.lax.axis_size(axis), pl.num_programs(1)
-  right = {axis: jax.lax.rem(me_ref[0] + 1, workers)}
   place = step * tiles + column  # Of transfers, in order of time.
   transfers = received.shape[0]
 
   def transfer(i):
-    """Of a tile's sum to the right one's memory."""
+    """Of a tile's sum, which has as many hops left as there are steps."""
     slot = jax.lax.rem(i, 2)
     return pltpu.make_async_remote_copy(
       going.at[slot],
       arrived_ref.at[i],
       sent.at[slot],
       received.at[i],
-      device_id=right,
+      device_id=_next(axis, me_ref[0], workers - 1 - i // tiles),
     )
+
+  def arrive(i):
+    transfer(i).wait_recv()
+    pltpu.sync_copy(arrived_ref.at[i], coming)
 
   @pl.when(place == 0)
   def start():
     _meet(axis, me_ref[0], workers)
 
-  part = product(x_ref[...], w_ref[...])
+  total = product(x_ref[...], w_ref[...])
 
-  @pl.when(step == 0)
+  @pl.when(step < 2)
   def begin():
-    coming[...] = jnp.zeros_like(part)
+    coming[...] = jnp.zeros_like(total)
 
-  @pl.when(step > 0)
-  def arrive():
-    transfer(place - tiles).wait_recv()
-    pltpu.sync_copy(arrived_ref.at[place - tiles], coming)
+  @pl.when(step >= 2)
+  def add_same_way():
+    arrive(place - 2 * tiles)
 
-  total = part + coming[...]
+  total += coming[...]
 
   @pl.when(step < workers - 1)
   def pass_on():
@@ -205,7 +223,9 @@ def _scatter_kernel(me_ref, x_ref, w_ref, y_ref, arrived_ref, *scratch, axis):
 
   @pl.when(step == workers - 1)
   def write():
-    y_ref[...] = total.astype(y_ref.dtype)
+    if workers > 1:
+      arrive(place - tiles)  # From the other side.
+    y_ref[...] = (total + coming[...]).astype(y_ref.dtype)
 
   @pl.when(place == workers * tiles - 1)
   def end():
@@ -224,7 +244,7 @@ def matmul_reduce_scatter(
   tiles = cols // tile
   wide = jnp.promote_types(x.dtype, jnp.float32)
   chunk_of = lambda step, me: jax.lax.rem(
-    me[0] + 2 * workers - 1 - step, workers
+    me[0] + workers + _away(workers - 1 - step), workers
   )
   transfers = max(1, (workers - 1) * tiles)
   y, _ = _call(

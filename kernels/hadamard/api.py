@@ -6,7 +6,7 @@ from jaxtyping import Array, Float32, Key
 
 from jaxdist.kernels.checks import check_rows
 from jaxdist.kernels.dispatch import Form, Op
-from jaxdist.kernels.hadamard import reference, tpu
+from jaxdist.kernels.hadamard import gpu, reference, tpu
 
 
 def _op(name):
@@ -16,6 +16,13 @@ def _op(name):
     {
       'xla': Form(getattr(reference, name)),
       'tpu': Form(kernel, ('tpu',), tpu.cannot_rotate),
+      # It has not run on a GPU.
+      'gpu': Form(
+        jax.jit(getattr(gpu, name)),
+        ('cuda',),
+        gpu.cannot_rotate,
+        automatic=False,
+      ),
     },
   )
 

@@ -1,104 +1,149 @@
-"""Quantization on GPUs, by Mosaic: a warpgroup a row, one pass over memory.
+"""Quantization on GPUs, by Mosaic: a warp a row, one pass over memory.
 
 The codes of a word lie a fixed distance apart in their row. So a thread that
 holds the numbers at one place of each of these parts makes a word by itself.
-
-Lowered for CUDA and interpreted in tests; it has not run on a GPU yet.
 """
 
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float32, Key, UInt32
 
-from jaxdist.kernels.numbers import TINY
+from jaxdist.kernels import gpu
+from jaxdist.kernels.numbers import (
+  TINY,
+  float_bits,
+  from_float_bits,
+  in_units,
+  relative,
+  seed,
+  threefry,
+  to_dither,
+)
 from jaxdist.kernels.quantize.formats import FORMATS, rounded
 from jaxdist.kernels.tpu import result
 
-THREADS = 128  # Of a warpgroup.
-INTERPRET: Any = False  # Tests put JAX's parameters here.
-TAKEN = ('int8', 'int4', 'sign')
+NEAREST = ('int8', 'int4', 'sign')
+STOCHASTIC = ('int8', 'int4', 'int2')
 
 
 def cannot_encode(x: Any, *others: Any, format: str) -> str | None:
   """What :func:`quantize`, with feedback or without, would need instead."""
-  if format not in TAKEN or others[-1] is not None:
-    return f'one of the formats {TAKEN} without a key'
-  words = x.shape[1] * FORMATS[format].bits // 32
-  if words == 0 or words % THREADS:
-    return f'rows of a multiple of {THREADS} words, not {words}'
-  return None
-
-
-def _codes(parts, format):
-  """Codes, as of the definition, and the scale of a row in parts."""
-  magnitudes = [jnp.abs(x) for x in parts]
-  largest = jnp.max(functools.reduce(jnp.maximum, magnitudes))
-  if format == 'sign':
-    # Large numbers are added up in smaller units.
-    unit = jnp.where(largest > 2.0**100, 2.0**-27, 1.0)
-    total = jnp.sum(functools.reduce(jnp.add, [m * unit for m in magnitudes]))
-    count = len(parts) * parts[0].size
-    return [jnp.where(x < 0, 1, 0) for x in parts], total / count / unit
-  q_max = 2 ** (FORMATS[format].bits - 1) - 1
-  scale = jnp.maximum(largest * (1 / q_max), TINY)
-  return [rounded(x * (1 / scale)) for x in parts], scale
-
-
-def _encode(x, residual, format):
-  # Where no kernel runs, its compiler need not be loaded.
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
+  taken = NEAREST if others[-1] is None else STOCHASTIC
+  if format not in taken:
+    return (
+      f'one of the formats {NEAREST} without a key, or {STOCHASTIC} with one'
+    )
   rows, size = x.shape
-  code, feedback = FORMATS[format], residual is not None
+  slots = 32 // FORMATS[format].bits
+  if size % (slots * gpu.LANES) or not 0 < size <= gpu.LARGEST_ROW:
+    return (
+      f'rows of a multiple of {slots * gpu.LANES} numbers, up to '
+      f'{gpu.LARGEST_ROW}, not {size}'
+    )
+  return gpu.cannot_run(rows)
+
+
+def _dithers(seed_ref, first_row, shape, slots):
+  """What is added to the numbers of each slot: those of the definition."""
+  row = (first_row + gpu.iota(shape, 0)).astype(jnp.uint32)
+  column, words = gpu.iota(shape, 1), shape[1]
+  # A call draws for one column in each quarter of the row.
+  calls = slots // 4
+  draws = []
+  for i in range(calls):
+    place = (column + i * words).astype(jnp.uint32)
+    draws.append(threefry((seed_ref[0], seed_ref[1]), row, place))
+  dithers = []
+  for slot in range(slots):
+    part, i = divmod(slot, calls)
+    word = draws[i][part // 2]
+    dithers.append(to_dither(word >> 16 if part % 2 else word))
+  return dithers
+
+
+def _codes(parts, dithers, format):
+  """Codes, as of the definition, and the scale of rows in parts."""
+  shape = parts[0].shape
+  bits = [float_bits(jnp.abs(x)) for x in parts]
+  largest = from_float_bits(
+    gpu.along_rows(jnp.max, functools.reduce(jnp.maximum, bits))
+  )
+  if format == 'sign':
+    wide = gpu.spread(largest, shape)
+    y = [in_units(jnp.abs(x), wide)[0] for x in parts]
+    total = gpu.along_rows(jnp.sum, functools.reduce(jnp.add, y))
+    mean = total * (1 / (len(parts) * shape[1]))
+    unit = in_units(largest, largest)[1]
+    return [jnp.where(x < 0, 1, 0) for x in parts], mean * unit
+  if format == 'int2':
+    wide = gpu.spread(largest, shape)
+    y = [relative(x, wide) for x in parts]
+    up = [
+      rounded(jnp.clip(1.5 * y + 1.5 + dither, 0, 3))
+      for y, dither in zip(y, dithers, strict=True)
+    ]
+    return [(up + 2) & 3 for up in up], largest * jnp.float32(1 / 3)
+  width = FORMATS[format].bits
+  q_max = 2 ** (width - 1) - 1
+  scale = jnp.maximum(largest * jnp.float32(1 / q_max), TINY)
+  wide = gpu.spread(1 / scale, shape)
+  y = [x * wide for x in parts]
+  if dithers:
+    y = [
+      jnp.clip(y + dither, -q_max, q_max)
+      for y, dither in zip(y, dithers, strict=True)
+    ]
+  return [rounded(y) & (2**width - 1) for y in y], scale
+
+
+def _encode(key, format, *arrays):
+  rows, size = arrays[0].shape
+  code = FORMATS[format]
   slots = 32 // code.bits
   words = size // slots
-  arrays = (x, residual) if feedback else (x,)
+  seeds = [] if key is None else [seed(key)]
 
-  def kernel(x_ref, *refs):
-    row = jax.lax.axis_index('row')
+  def kernel(*refs):
+    refs = list(refs)
+    inputs = [refs.pop(0) for _ in arrays]
+    seed_ref = refs.pop(0) if seeds else None
+    words_ref, scale_ref, *dropped_ref = refs
+    first_row = gpu.first_row(rows)
+    here, shape = pl.ds(first_row, gpu.ROWS), (gpu.ROWS, words)
     spans = [pl.ds(slot * words, words) for slot in range(slots)]
-    parts = [x_ref[row, span] for span in spans]
-    if feedback:
-      residual_ref, words_ref, scale_ref, dropped_ref = refs
-      parts = [
-        x + residual_ref[row, span]
-        for x, span in zip(parts, spans, strict=True)
-      ]
-    else:
-      words_ref, scale_ref = refs
-    codes, scale = _codes(parts, format)
-    mask = 2**code.bits - 1
+    parts = [
+      functools.reduce(jnp.add, [gpu.load(ref, here, span) for ref in inputs])
+      for span in spans
+    ]
+    dithers = _dithers(seed_ref, first_row, shape, slots) if seeds else []
+    codes, scale = _codes(parts, dithers, format)
     packed = functools.reduce(
       jnp.bitwise_or,
-      [(c & mask) << (slot * code.bits) for slot, c in enumerate(codes)],
+      [c << (slot * code.bits) for slot, c in enumerate(codes)],
     )
-    words_ref[row, :] = packed.astype(jnp.uint32)
-    scale_ref[row] = scale
-    if feedback:
-      for part, c, span in zip(parts, codes, spans, strict=True):
-        if format == 'sign':
-          levels = jnp.where(c == 1, -1.0, 1.0)
-        else:
-          levels = (c << 10 >> 10).astype(jnp.float32)  # With its sign.
-        decoded = levels * scale
-        dropped_ref[row, span] = part - decoded
+    gpu.store(words_ref, here, value=packed.astype(jnp.uint32))
+    gpu.store(scale_ref, here, value=scale)
+    for ref in dropped_ref:
+      wide = gpu.spread(scale, shape)
+      for x, c, span in zip(parts, codes, spans, strict=True):
+        decoded = code.decode(c << (32 - code.bits), wide)
+        gpu.store(ref, here, span, value=x - decoded)
 
   outputs = [
     result((rows, words), jnp.uint32, arrays),
     result((rows,), jnp.float32, arrays),
     result((rows, size), jnp.float32, arrays),
   ]
-  packed, scale, *dropped = plgpu.kernel(
+  packed, scale, *dropped = gpu.call(
     kernel,
-    out_type=outputs[: 2 + feedback],
-    grid=(rows,),
-    grid_names=('row',),
-    interpret=INTERPRET,
-  )(*arrays)
+    outputs[: 1 + len(arrays)],
+    *arrays,
+    *seeds,
+    programs=pl.cdiv(rows, gpu.ROWS),
+  )
   return packed, scale[:, None], *dropped
 
 
@@ -106,8 +151,7 @@ def quantize(
   x: Float32[Array, 'rows size'], key: Key[Array, ''] | None, *, format: str
 ) -> tuple[UInt32[Array, 'rows words'], Float32[Array, 'rows 1']]:
   """Packed codes and the scale of each row."""
-  del key
-  return _encode(x, None, format)
+  return _encode(key, format, x)
 
 
 def quantize_with_feedback(
@@ -122,5 +166,4 @@ def quantize_with_feedback(
   Float32[Array, 'rows size'],
 ]:
   """Codes ``x + residual``, and says what that dropped."""
-  del key
-  return _encode(x, residual, format)
+  return _encode(key, format, x, residual)

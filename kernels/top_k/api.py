@@ -6,13 +6,22 @@ from jaxtyping import Array, Float32, UInt32
 
 from jaxdist.kernels.checks import check_between, check_rows, check_shape
 from jaxdist.kernels.dispatch import Form, Op
-from jaxdist.kernels.top_k import cpu, reference, scatter_tpu, threshold, tpu
+from jaxdist.kernels.top_k import (
+  cpu,
+  gpu,
+  reference,
+  scatter_gpu,
+  scatter_tpu,
+  threshold,
+  tpu,
+)
 
 
 def _form(module, name, platform, cannot, static):
   # Traced once for each shape, also where another form runs: kernels are long.
   kernel = jax.jit(getattr(module, name), static_argnames=static)
-  return Form(kernel, (platform,), cannot)
+  # Those for GPUs have not run on one.
+  return Form(kernel, (platform,), cannot, automatic=platform != 'cuda')
 
 
 def _selection(name, **long_rows):
@@ -23,6 +32,7 @@ def _selection(name, **long_rows):
       **long_rows,
       'cpu': _form(cpu, name, 'cpu', cpu.cannot_select, 'k'),
       'tpu': _form(tpu, name, 'tpu', tpu.cannot_select, 'k'),
+      'gpu': _form(gpu, name, 'cuda', gpu.cannot_select, 'k'),
     },
   )
 
@@ -34,6 +44,9 @@ def _scattering(name):
       'xla': Form(getattr(reference, name)),
       'tpu': _form(
         scatter_tpu, name, 'tpu', scatter_tpu.cannot_scatter, 'size'
+      ),
+      'gpu': _form(
+        scatter_gpu, name, 'cuda', scatter_gpu.cannot_scatter, 'size'
       ),
     },
   )

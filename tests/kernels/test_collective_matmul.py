@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
+from simulated import simulation
 
 import jaxdist as jd
 from jaxdist.kernels.collective_matmul import api, tpu
@@ -127,7 +127,7 @@ def test_bytes_are_those_of_the_plain_form():
     assert len(sent['xla'].rows) == 7
 
 
-@pytest.mark.parametrize('workers', [2, 4])
+@pytest.mark.parametrize('workers', [2, 3, 4])
 @pytest.mark.parametrize('name', OPS)
 def test_tpu_form_is_the_definition(name, workers):
   rows = 16 * (workers if name == 'scatter' else 1)
@@ -138,8 +138,7 @@ def test_tpu_form_is_the_definition(name, workers):
     y = op(x, w, axis='i')
     return y, op(x + 0 * y[0, 0], w, axis='i')
 
-  params = pltpu.InterpretParams(detect_races=True, uninitialized_memory='nan')
-  with pltpu.force_tpu_interpret_mode(params):
+  with simulation():
     for y in mapped(twice, workers, check_vma=False)(x, w):
       np.testing.assert_array_equal(y, expected(name, x, w))
 

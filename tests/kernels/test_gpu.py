@@ -8,9 +8,36 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxdist.kernels.quantize import api, gpu, reference
+from jaxdist.kernels import gpu
+from jaxdist.kernels.hadamard import api as rotation
+from jaxdist.kernels.hadamard import gpu as rotation_gpu
+from jaxdist.kernels.hadamard import reference as rotation_reference
+from jaxdist.kernels.quantize import api as quantization
+from jaxdist.kernels.quantize import gpu as quantization_gpu
+from jaxdist.kernels.quantize import reference as quantization_reference
+from jaxdist.kernels.top_k import api as selection
+from jaxdist.kernels.top_k import gpu as selection_gpu
+from jaxdist.kernels.top_k import reference as selection_reference
+from jaxdist.kernels.top_k import scatter_gpu
 
-SIZES = {'int8': 1024, 'int4': 1024, 'sign': 4096}
+KEY = jax.random.key(3)
+GPU = {'implementation': 'gpu'}
+QUANTIZED = [
+  ('int8', None, 128),
+  ('int4', None, 512),
+  ('sign', None, 1024),
+  ('int8', KEY, 256),
+  ('int4', KEY, 256),
+  ('int2', KEY, 1024),
+]
+interpreted = pytest.mark.skipif(
+  not hasattr(plgpu, 'InterpretGPUParams'), reason='This JAX cannot interpret.'
+)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+  monkeypatch.setattr(gpu, 'INTERPRET', plgpu.InterpretGPUParams())
 
 
 def hopper():
@@ -23,52 +50,161 @@ def hopper():
   )
 
 
-@pytest.mark.parametrize('format', SIZES)
-def test_quantize_lowers_for_cuda(format):
+def quantizes(format, key, size):
   def program(x):
-    words, scale = api.quantize(x, format, implementation='gpu')
+    x = x[:, :size]
     return (
-      words,
-      scale,
-      api.quantize_with_feedback(x, x, format, implementation='gpu'),
+      quantization.quantize(x, format, key=key, **GPU),
+      quantization.quantize_with_feedback(x, x, format, key=key, **GPU),
     )
 
-  x = jax.ShapeDtypeStruct((64, SIZES[format]), jnp.float32)
+  return program
+
+
+def selects(size, k):
+  def program(x):
+    x = x[:, :size]
+    values, indices = selection.top_k(x, k, **GPU)
+    *few, left = selection.top_k_with_feedback(x, x, k, **GPU)
+    few = jax.tree.map(lambda *a: jnp.stack(a), (values, indices), tuple(few))
+    mean = selection.scatter_mean(*few, size, **GPU)
+    return mean, left, selection.scatter(values, indices, size, **GPU)
+
+  return program
+
+
+def rotates(x):
+  x = x[:, : 2 ** (x.shape[1].bit_length() - 1)]
+  return rotation.unrotate(rotation.rotate(x, KEY, **GPU), KEY, **GPU)
+
+
+PROGRAMS = {
+  **{f'{f}-{k is not None}': (quantizes(f, k, n), 2) for f, k, n in QUANTIZED},
+  'int8-4096': (quantizes('int8', None, 4096), 2),
+  'top-1-of-256': (selects(256, 1), 4),
+  'top-51-of-4096': (selects(4096, 51), 4),
+  'rotate': (rotates, 2),
+}
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_forms_lower_for_cuda(name):
+  program, calls = PROGRAMS[name]
+  x = jax.ShapeDtypeStruct((65, 4096), jnp.float32)
   kernels = jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')
   with hopper():
     exported = jax.export.export(
       jax.jit(program), platforms=['cuda'], disabled_checks=[kernels]
     )(x)
-  assert exported.mlir_module().count('@mosaic_gpu_v2') == 2
+  assert exported.mlir_module().count('@mosaic_gpu_v2') == calls
 
 
-@pytest.mark.skipif(
-  not hasattr(plgpu, 'InterpretGPUParams'), reason='This JAX cannot interpret.'
-)
-@pytest.mark.parametrize('format', SIZES)
-def test_quantize_interpreted_is_the_definition(format, monkeypatch):
-  monkeypatch.setattr(gpu, 'INTERPRET', plgpu.InterpretGPUParams())
-  rng = np.random.default_rng(0)
-  x, residual = rng.standard_normal((2, 6, SIZES[format])).astype(np.float32)
+def both(form, definition, *arrays, **options):
+  """What a kernel and the definition return."""
+  return [
+    jax.tree.map(np.asarray, jax.jit(lambda *a, f=f: f(*a, **options))(*arrays))
+    for f in (form, definition)
+  ]
+
+
+def assert_same_bits(got, want):
+  np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+
+
+@interpreted
+@pytest.mark.parametrize(('format', 'key', 'size'), QUANTIZED)
+def test_quantize_is_the_definition(interpreter, format, key, size):
+  # Seven rows: one of the last program's is one of the first's.
+  x, residual = np.random.default_rng(0).standard_normal((2, 7, size))
   x[1], residual[1], x[2, 7], x[3, 3], x[4, 4] = 0, 0, 1e38, np.nan, np.inf
-  got, want = (
-    jax.jit(lambda *a, form=form: form(*a, None, format=format))(x, residual)
-    for form in (gpu.quantize_with_feedback, reference.quantize_with_feedback)
+  x[6], residual[6] = 1e-40, 0
+  got, want = both(
+    lambda *a, **o: quantization_gpu.quantize_with_feedback(*a, key, **o),
+    lambda *a, **o: quantization_reference.quantize_with_feedback(*a, key, **o),
+    x.astype(np.float32),
+    residual.astype(np.float32),
+    format=format,
   )
   finite = np.isfinite(want[1][:, 0])
   np.testing.assert_array_equal(np.isfinite(got[1][:, 0]), finite)
   np.testing.assert_array_equal(got[0][finite], want[0][finite])
-  # A product and a difference may be rounded as one; sums in another order.
+  if format != 'sign':  # Whose scale is a sum, in another order.
+    np.testing.assert_array_equal(got[1][finite], want[1][finite])
+  # A product and a difference may be rounded as one.
   for a, b in zip(got[1:], want[1:], strict=True):
-    a, b = np.asarray(a)[finite], np.asarray(b)[finite]
     scale = np.abs(x[finite]).max(axis=1, keepdims=True)
-    assert (np.abs(a - b) <= 3e-7 * scale).all()
+    assert (np.abs(a[finite] - b[finite]) <= 3e-7 * scale).all()
 
 
-def test_what_a_gpu_cannot_take():
-  with pytest.raises(
-    NotImplementedError, match='multiple of 128 words, not 32'
-  ):
-    api.quantize(jnp.zeros((2, 1024)), 'sign', implementation='gpu')
-  with pytest.raises(NotImplementedError, match=r"of the formats \('int8', "):
-    api.quantize(jnp.zeros((2, 1024)), 'e4m3', implementation='gpu')
+@interpreted
+@pytest.mark.parametrize(('size', 'k'), [(128, 5), (2048, 10), (256, 256)])
+def test_top_k_is_the_definition(interpreter, size, k):
+  # Many ties, and rows of all kinds.
+  rng = np.random.default_rng(0)
+  x = (np.round(4 * rng.standard_normal((11, size))) / 4).astype(np.float32)
+  x[0], x[1, 30], x[5], x[7] = 0, 3e38, -0.0, np.nan
+  x[2] = np.where(x[2] > 0, 1, -1)
+  x[3, [5, 9]] = np.nan, -np.inf
+  x[4] *= 1e-40
+  x[6, ::9] = -np.inf  # More than some of k, and NaN counts as it does.
+  x[6, ::18] = np.nan
+  residual = np.where(np.abs(x) > 1, 0, np.roll(x, 1, axis=1))
+  got, want = both(
+    selection_gpu.top_k_with_feedback,
+    selection_reference.top_k_with_feedback,
+    x, residual, k=k,
+  )  # fmt: skip
+  order = np.argsort(want[1], axis=1)
+  np.testing.assert_array_equal(
+    got[1], np.take_along_axis(want[1], order, axis=1)
+  )
+  assert_same_bits(got[0], np.take_along_axis(want[0], order, axis=1))
+  assert_same_bits(got[2], want[2])
+
+
+@interpreted
+def test_scatter_is_the_definition(interpreter):
+  rng = np.random.default_rng(1)
+  values = rng.standard_normal((3, 6, 5)).astype(np.float32)
+  values[0, 0, 0], values[0, 1] = -0.0, np.inf
+  places = rng.permuted(np.tile(np.arange(1056), (3, 6, 1)), axis=2)
+  indices = places[..., :5].astype(np.uint32)
+  for array in (values, indices), (values[:1], indices[:1]):
+    assert_same_bits(
+      *both(
+        scatter_gpu.scatter_mean, selection_reference.scatter_mean, *array,
+        size=1056,
+      )
+    )  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize(
+  ('there', 'size'),
+  [pytest.param('rotate', 8192, marks=pytest.mark.slow), ('unrotate', 1024)],
+)
+def test_rotation_is_the_definition(interpreter, there, size):
+  rows = 2**14 // size + 1  # Two programs, of the same rows but one.
+  x = np.random.default_rng(0).standard_normal((rows, size)).astype(np.float32)
+  x[0], x[1, 5], x[2] = 0, 3e38, 1e-30 * x[2]
+  got, want = both(
+    getattr(rotation_gpu, there), getattr(rotation_reference, there), x, KEY
+  )
+  # Sums of `size` float32 numbers in another order.
+  largest = np.abs(want).max(axis=1, keepdims=True)
+  assert (np.abs(got - want) <= 4e-6 * largest).all()
+
+
+@pytest.mark.parametrize(
+  ('call', 'needs'),
+  [
+    (lambda x: quantization.quantize(x, 'e4m3', **GPU), r"\('int8', 'int4', "),
+    (lambda x: quantization.quantize(x[:, :512], 'sign', **GPU), 'of 1024 num'),
+    (lambda x: quantization.quantize(x[:3], 'int8', **GPU), 'least 4 rows, no'),
+    (lambda x: selection.top_k(x[:, :384], 3, **GPU), 'from 128 to 4096 numbe'),
+    (lambda x: rotation.rotate(x, KEY, **GPU), 'at least 16 rows, not 8'),
+  ],
+)
+def test_what_a_gpu_cannot_take(call, needs):
+  with pytest.raises(NotImplementedError, match=needs):
+    call(jnp.zeros((8, 1024)))

@@ -1,0 +1,118 @@
+"""What the kernels for GPUs share: a warp takes a row.
+
+A warpgroup, which runs a program, takes four rows. The numbers of a row lie
+along the lanes of its warp: sums and maxima along rows are local additions and
+one instruction for the warp, and no warp waits for another.
+
+All are lowered for CUDA and interpreted in tests; none has run on a GPU yet.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from jaxdist import compat
+from jaxdist.kernels.tpu import cannot_partition
+
+ROWS = 4  # Warps of a warpgroup.
+LANES = 32  # Of a warp.
+LARGEST_ROW = 4096  # 128 registers of a thread, of 255.
+INTERPRET: Any = False  # Tests put JAX's parameters here.
+
+
+def cannot_run(rows: int, some: int = ROWS) -> str | None:
+  """What a kernel whose programs take some rows would need instead."""
+  if rows < some:
+    return f'at least {some} rows, not {rows}'
+  return cannot_partition()
+
+
+def _mosaic():
+  # Where no kernel runs, its compiler need not be loaded.
+  from jax.experimental.pallas import mosaic_gpu
+
+  return mosaic_gpu
+
+
+def _layout(shape: tuple[int, ...]) -> Any:
+  """Where the numbers of an array ``(4, ..., 32 * n)`` are, or of one row."""
+  mosaic = _mosaic()
+  if len(shape) == 1:
+    return _layout((ROWS, LANES)).reduce(1)  # Each lane has its row's number.
+  dims = {'warp_dims': (-1 - len(shape),), 'lane_dims': (-2,)}
+  tiles = ((ROWS, *[1] * (len(shape) - 2), LANES), (1,))
+  if shape == (ROWS, 1):
+    dims = {'warp_dims': (-2,), 'lane_dims': (mosaic.Replicated(LANES),)}
+    tiles = (shape,)
+  return mosaic.Layout.TILED(mosaic.Tiling(tiles), **dims, vector_dim=-1)
+
+
+def call(
+  kernel: Callable[..., None],
+  outputs: Sequence[Any],
+  *arrays: Array,
+  programs: int,
+  scratch: Sequence[Any] = (),
+) -> Sequence[Array]:
+  """Runs so many programs, of a warpgroup each."""
+  mosaic = _mosaic()
+  return mosaic.kernel(
+    kernel,
+    out_type=outputs,
+    scratch_types=scratch,
+    grid=(programs,),
+    grid_names=('program',),
+    compiler_params=mosaic.CompilerParams(
+      # Layouts are as told, and kernels wait where they must.
+      lowering_semantics=mosaic.LoweringSemantics.Lane,
+      unsafe_no_auto_barriers=True,
+    ),
+    interpret=INTERPRET,
+  )(*arrays)
+
+
+def shared(shape: tuple[int, ...], dtype: Any) -> Any:
+  """Shared memory, for a program's scratch."""
+  return _mosaic().SMEM(shape, dtype)
+
+
+def first_row(rows: int, some: int = ROWS) -> Array:
+  """The first of a program's rows; the last ones' are moved up to the end."""
+  return jnp.minimum(jax.lax.axis_index('program') * some, rows - some)
+
+
+def load(ref: Any, *at: Any) -> Array:
+  """Reads a part of a matrix, or of rows' numbers, into registers."""
+  return compat.load_registers(ref, at, _layout(ref.at[at].shape))
+
+
+def store(ref: Any, *at: Any, value: Array) -> None:
+  """The inverse of :func:`load`."""
+  compat.store_registers(ref, at, value)
+
+
+def iota(shape: tuple[int, ...], axis: int) -> Int32[Array, '...']:
+  """Places along an axis."""
+  layout = _layout(shape)
+  return _mosaic().broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
+
+def filled(shape: tuple[int, ...], value: Any, dtype: Any) -> Array:
+  """An array of one number, in registers, to begin a loop with."""
+  array = jnp.full(shape, value, dtype)
+  return _mosaic().layout_cast(array, _layout(shape))
+
+
+def spread(x: Array, shape: tuple[int, ...]) -> Array:
+  """Numbers of rows, along the rows."""
+  wide = jax.lax.broadcast_in_dim(x, shape, (0,))
+  return _mosaic().layout_cast(wide, _layout(shape))
+
+
+def along_rows(reduce: Callable[..., Array], x: Array) -> Array:
+  """A number of each row: the reduction over all other axes."""
+  return functools.reduce(lambda x, _: reduce(x, axis=1), range(1, x.ndim), x)

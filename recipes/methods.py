@@ -398,7 +398,7 @@ def one_bit_adam(axis, learning_rate):
 @method(
   'one-bit-lamb',
   'the same for LAMB, whose steps are as long as a share of each matrix',
-  1e-2,
+  3e-2,
   stage=warmup,
 )
 def one_bit_lamb(axis, learning_rate):

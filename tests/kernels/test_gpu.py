@@ -74,8 +74,7 @@ def selects(size, k):
 
 
 def rotates(x):
-  x = x[:, : 2 ** (x.shape[1].bit_length() - 1)]
-  return rotation.unrotate(rotation.rotate(x, KEY, **GPU), KEY, **GPU)
+  return rotation.unrotate(x, KEY, **GPU)
 
 
 PROGRAMS = {
@@ -83,7 +82,7 @@ PROGRAMS = {
   'int8-4096': (quantizes('int8', None, 4096), 2),
   'top-1-of-256': (selects(256, 1), 4),
   'top-51-of-4096': (selects(4096, 51), 4),
-  'rotate': (rotates, 2),
+  'rotate': (rotates, 1),
 }
 
 
@@ -136,8 +135,14 @@ def test_quantize_is_the_definition(interpreter, format, key, size):
     assert (np.abs(a[finite] - b[finite]) <= 3e-7 * scale).all()
 
 
+def in_order(values, indices, left):
+  """Numbers that were taken, by place."""
+  order = np.argsort(indices, axis=1)
+  return *(np.take_along_axis(x, order, 1) for x in (values, indices)), left
+
+
 @interpreted
-@pytest.mark.parametrize(('size', 'k'), [(128, 5), (2048, 10), (256, 256)])
+@pytest.mark.parametrize(('size', 'k'), [(512, 10), (2048, 2), (256, 100)])
 def test_top_k_is_the_definition(interpreter, size, k):
   # Many ties, and rows of all kinds.
   rng = np.random.default_rng(0)
@@ -154,12 +159,8 @@ def test_top_k_is_the_definition(interpreter, size, k):
     selection_reference.top_k_with_feedback,
     x, residual, k=k,
   )  # fmt: skip
-  order = np.argsort(want[1], axis=1)
-  np.testing.assert_array_equal(
-    got[1], np.take_along_axis(want[1], order, axis=1)
-  )
-  assert_same_bits(got[0], np.take_along_axis(want[0], order, axis=1))
-  assert_same_bits(got[2], want[2])
+  for a, b in zip(in_order(*got), in_order(*want), strict=True):
+    assert_same_bits(a, b)
 
 
 @interpreted

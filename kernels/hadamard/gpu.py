@@ -19,7 +19,7 @@ from jaxdist.kernels import gpu
 from jaxdist.kernels.hadamard.reference import signs
 from jaxdist.kernels.tpu import result
 
-THREADS = 128  # Of a warpgroup.
+THREADS = gpu.THREADS
 LARGEST_ROW = THREADS**2
 
 

@@ -2,6 +2,7 @@
 
 The codes of a word lie a fixed distance apart in their row. So a thread that
 holds the numbers at one place of each of these parts makes a word by itself.
+Rows of fewer words than a warp has lanes share one.
 """
 
 import functools
@@ -38,12 +39,19 @@ def cannot_encode(x: Any, *others: Any, format: str) -> str | None:
     )
   rows, size = x.shape
   slots = 32 // FORMATS[format].bits
-  if size % (slots * gpu.LANES) or not 0 < size <= gpu.LARGEST_ROW:
+  words, rest = divmod(size, slots)
+  short = words in (4, 8, 16)
+  if rest or (words % gpu.LANES and not short) or size > gpu.LARGEST_ROW:
     return (
-      f'rows of a multiple of {slots * gpu.LANES} numbers, up to '
+      f'rows of 4, 8, 16 or a multiple of 32 times {slots} numbers, up to '
       f'{gpu.LARGEST_ROW}, not {size}'
     )
-  return gpu.cannot_run(rows)
+  return gpu.cannot_run(rows, _rows(words))
+
+
+def _rows(words):
+  """How many a program takes."""
+  return gpu.THREADS // min(words, gpu.LANES)
 
 
 def _dithers(seed_ref, first_row, shape, slots):
@@ -104,6 +112,7 @@ def _encode(key, format, *arrays):
   code = FORMATS[format]
   slots = 32 // code.bits
   words = size // slots
+  some = _rows(words)
   seeds = [] if key is None else [seed(key)]
 
   def kernel(*refs):
@@ -111,8 +120,8 @@ def _encode(key, format, *arrays):
     inputs = [refs.pop(0) for _ in arrays]
     seed_ref = refs.pop(0) if seeds else None
     words_ref, scale_ref, *dropped_ref = refs
-    first_row = gpu.first_row(rows)
-    here, shape = pl.ds(first_row, gpu.ROWS), (gpu.ROWS, words)
+    first_row = gpu.first_row(rows, some)
+    here, shape = pl.ds(first_row, some), (some, words)
     spans = [pl.ds(slot * words, words) for slot in range(slots)]
     parts = [
       functools.reduce(jnp.add, [gpu.load(ref, here, span) for ref in inputs])
@@ -142,7 +151,7 @@ def _encode(key, format, *arrays):
     outputs[: 1 + len(arrays)],
     *arrays,
     *seeds,
-    programs=pl.cdiv(rows, gpu.ROWS),
+    programs=pl.cdiv(rows, some),
   )
   return packed, scale[:, None], *dropped
 

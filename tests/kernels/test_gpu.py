@@ -26,6 +26,7 @@ QUANTIZED = [
   ('int8', None, 128),
   ('int4', None, 512),
   ('sign', None, 1024),
+  ('sign', None, 512),  # Two rows a warp.
   ('int8', KEY, 256),
   ('int4', KEY, 256),
   ('int2', KEY, 1024),
@@ -78,8 +79,10 @@ def rotates(x):
 
 
 PROGRAMS = {
-  **{f'{f}-{k is not None}': (quantizes(f, k, n), 2) for f, k, n in QUANTIZED},
-  'int8-4096': (quantizes('int8', None, 4096), 2),
+  **{
+    f'{f}-{n}' + ('-random' if k is not None else ''): (quantizes(f, k, n), 2)
+    for f, k, n in [*QUANTIZED, ('int8', None, 4096)]
+  },
   'top-1-of-256': (selects(256, 1), 4),
   'top-51-of-4096': (selects(4096, 51), 4),
   'rotate': (rotates, 1),
@@ -113,8 +116,9 @@ def assert_same_bits(got, want):
 @interpreted
 @pytest.mark.parametrize(('format', 'key', 'size'), QUANTIZED)
 def test_quantize_is_the_definition(interpreter, format, key, size):
-  # Seven rows: one of the last program's is one of the first's.
-  x, residual = np.random.default_rng(0).standard_normal((2, 7, size))
+  # The last program's rows are some of the first's.
+  rows = 9 if (format, size) == ('sign', 512) else 7
+  x, residual = np.random.default_rng(0).standard_normal((2, rows, size))
   x[1], residual[1], x[2, 7], x[3, 3], x[4, 4] = 0, 0, 1e38, np.nan, np.inf
   x[6], residual[6] = 1e-40, 0
   got, want = both(
@@ -200,8 +204,15 @@ def test_rotation_is_the_definition(interpreter, there, size):
   ('call', 'needs'),
   [
     (lambda x: quantization.quantize(x, 'e4m3', **GPU), r"\('int8', 'int4', "),
-    (lambda x: quantization.quantize(x[:, :512], 'sign', **GPU), 'of 1024 num'),
+    (
+      lambda x: quantization.quantize(x[:, :96], 'int8', **GPU),
+      'or a multiple of 32 tim',
+    ),
     (lambda x: quantization.quantize(x[:3], 'int8', **GPU), 'least 4 rows, no'),
+    (
+      lambda x: quantization.quantize(x[:, :256], 'sign', **GPU),
+      '16 rows, not 8',
+    ),
     (lambda x: selection.top_k(x[:, :384], 3, **GPU), 'from 128 to 4096 numbe'),
     (lambda x: rotation.rotate(x, KEY, **GPU), 'at least 16 rows, not 8'),
   ],

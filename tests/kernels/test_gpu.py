@@ -15,6 +15,7 @@ from jaxdist.kernels.hadamard import reference as rotation_reference
 from jaxdist.kernels.quantize import api as quantization
 from jaxdist.kernels.quantize import gpu as quantization_gpu
 from jaxdist.kernels.quantize import reference as quantization_reference
+from jaxdist.kernels.quantize.formats import FORMATS
 from jaxdist.kernels.top_k import api as selection
 from jaxdist.kernels.top_k import gpu as selection_gpu
 from jaxdist.kernels.top_k import reference as selection_reference
@@ -62,6 +63,16 @@ def quantizes(format, key, size):
   return program
 
 
+def averages(x):
+  words = jax.lax.bitcast_convert_type(x, jnp.uint32)[None, :, :32]
+  return [
+    quantization.dequantize_mean(
+      words, x[None, :, :1], format, 32 * 32 // code.bits, **GPU
+    )
+    for format, code in FORMATS.items()
+  ]
+
+
 def selects(size, k):
   def program(x):
     x = x[:, :size]
@@ -83,6 +94,7 @@ PROGRAMS = {
     f'{f}-{n}' + ('-random' if k is not None else ''): (quantizes(f, k, n), 2)
     for f, k, n in [*QUANTIZED, ('int8', None, 4096)]
   },
+  'means': (averages, len(FORMATS)),
   'top-1-of-256': (selects(256, 1), 4),
   'top-51-of-4096': (selects(4096, 51), 4),
   'rotate': (rotates, 1),
@@ -137,6 +149,29 @@ def test_quantize_is_the_definition(interpreter, format, key, size):
   for a, b in zip(got[1:], want[1:], strict=True):
     scale = np.abs(x[finite]).max(axis=1, keepdims=True)
     assert (np.abs(a[finite] - b[finite]) <= 3e-7 * scale).all()
+
+
+@interpreted
+@pytest.mark.parametrize(
+  ('format', 'size', 'largest'),  # Two rows a warp; two words a lane.
+  [('sign', 512, 1), ('e2m1', 512, 6), ('e4m3', 128, 448)],
+)
+def test_mean_of_payloads_is_the_definition(interpreter, format, size, largest):
+  x = np.random.default_rng(2).standard_normal((3, 9, size))
+  x[0, 1], x[1, 2, 3], x[2, 4, 5] = 0, np.nan, 3e38
+  encode = lambda x: quantization_reference.quantize(x, None, format=format)
+  words, scale = jax.jit(jax.vmap(encode))(x.astype(np.float32))
+  got, want = both(
+    quantization_gpu.dequantize_mean,
+    quantization_reference.dequantize_mean,
+    words, scale, format=format, count=size,
+  )  # fmt: skip
+  whole = np.arange(9) != 2
+  np.testing.assert_array_equal(np.isfinite(want).all(1), whole)
+  np.testing.assert_array_equal(np.isfinite(got).all(1), whole)
+  # A product and a sum may be rounded as one.
+  unit = np.abs(scale).max(0) * np.float32(largest)
+  assert (np.abs(got - want) <= 2.0**-22 * unit)[whole].all()
 
 
 def in_order(values, indices, left):

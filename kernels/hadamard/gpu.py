@@ -98,8 +98,9 @@ def _hadamard(x, before, after):
     x.reshape(shape),
     *factors,
     programs=pl.cdiv(rows, some),
-    # A column more, so that neither rows nor columns meet in a bank.
-    scratch=[gpu.shared((THREADS, THREADS + 1), jnp.float32)],
+    # As much more as keeps rows apart in their banks, and still aligned for
+    # the instructions that move matrices, which JAX does not look after.
+    scratch=[gpu.shared((THREADS, THREADS + 4), jnp.float32)],
   )
   return y.reshape(rows, size)
 

@@ -1,9 +1,9 @@
 """Rotation on GPUs: one pass over memory, by additions alone.
 
 A program takes 2**14 numbers, which are one row or several, as a square matrix.
-A thread holds a row of it and adds and subtracts its numbers; it then does the
-same with a column, which it gets from the others through shared memory. What
-rows of the matrix lie in one row of the array are combined with each other.
+A thread holds a row of it and adds and subtracts its numbers. Then it gets a
+column from the others, through shared memory, and does the same with those
+numbers of it that belong to one row of the array.
 """
 
 import itertools

@@ -52,8 +52,8 @@ def cannot_decode(
 def _unsupported(rows, size, format):
   slots = 32 // FORMATS[format].bits
   words, rest = divmod(size, slots)
-  short = words in (4, 8, 16)
-  if rest or (words % gpu.LANES and not short) or size > gpu.LARGEST_ROW:
+  fits = words in (4, 8, 16) or words % gpu.LANES == 0
+  if rest or not fits or not 0 < size <= gpu.LARGEST_ROW:
     return (
       f'rows of 4, 8, 16 or a multiple of 32 times {slots} numbers, up to '
       f'{gpu.LARGEST_ROW}, not {size}'

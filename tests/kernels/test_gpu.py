@@ -243,6 +243,7 @@ def test_rotation_is_the_definition(interpreter, there, size):
       lambda x: quantization.quantize(x[:, :96], 'int8', **GPU),
       'or a multiple of 32 tim',
     ),
+    (lambda x: quantization.quantize(x[:, :0], 'int8', **GPU), 'not 0'),
     (lambda x: quantization.quantize(x[:3], 'int8', **GPU), 'least 4 rows, no'),
     (
       lambda x: quantization.quantize(x[:, :256], 'sign', **GPU),

@@ -18,8 +18,10 @@ from jaxtyping import Array, Int32
 from jaxdist import compat
 from jaxdist.kernels.tpu import cannot_partition
 
-ROWS = 4  # Warps of a warpgroup.
+WARPS = 4  # Of a warpgroup.
 LANES = 32  # Of a warp.
+THREADS = WARPS * LANES
+ROWS = WARPS  # Of a program, if each takes a warp.
 LARGEST_ROW = 4096  # 128 registers of a thread, of 255.
 INTERPRET: Any = False  # Tests put JAX's parameters here.
 
@@ -39,16 +41,26 @@ def _mosaic():
 
 
 def _layout(shape: tuple[int, ...]) -> Any:
-  """Where the numbers of an array ``(4, ..., 32 * n)`` are, or of one row."""
+  """Where the numbers of an array are whose axes begin with a program's rows.
+
+  Those of a row lie along lanes, of which there are ``128 / rows`` for each.
+  """
   mosaic = _mosaic()
-  if len(shape) == 1:
-    return _layout((ROWS, LANES)).reduce(1)  # Each lane has its row's number.
-  dims = {'warp_dims': (-1 - len(shape),), 'lane_dims': (-2,)}
-  tiles = ((ROWS, *[1] * (len(shape) - 2), LANES), (1,))
-  if shape == (ROWS, 1):
-    dims = {'warp_dims': (-2,), 'lane_dims': (mosaic.Replicated(LANES),)}
-    tiles = (shape,)
-  return mosaic.Layout.TILED(mosaic.Tiling(tiles), **dims, vector_dim=-1)
+  rows, ndim = shape[0], len(shape)
+  lanes, of_warp = THREADS // rows, rows // WARPS
+  if ndim == 1:
+    return _layout((rows, lanes)).reduce(1)  # All lanes of a row have its one.
+  if shape[1:] == (1,):
+    dims = {'warp_dims': (-2,), 'lane_dims': (mosaic.Replicated(lanes),)}
+    tiles = [shape]
+  elif of_warp == 1:
+    dims = {'warp_dims': (-1 - ndim,), 'lane_dims': (-2,)}
+    tiles = [(rows, *[1] * (ndim - 2), lanes), (1,)]
+  else:
+    dims = {'warp_dims': (-5,), 'lane_dims': (-3, -2)}
+    tiles = [(rows, lanes), (of_warp, lanes), (1,)]
+  tiling = mosaic.Tiling(tuple(tiles))
+  return mosaic.Layout.TILED(tiling, **dims, vector_dim=-1)
 
 
 def call(

@@ -53,7 +53,8 @@ def rotate(
   Args:
     x: rows whose length is a power of two.
     key: draws the signs; one draw for all rows.
-    implementation: see :class:`jaxdist.kernels.dispatch.Op`.
+    implementation: see :class:`jaxdist.kernels.dispatch.Op`. ``'gpu'`` has
+      not run on a GPU yet, so that only its name picks it.
 
   Returns:
     The rotated rows.

@@ -1,9 +1,9 @@
 """Rotation on GPUs: one pass over memory, by additions alone.
 
 A program takes 2**14 numbers, which are one row or several, as a square matrix.
-A thread holds a row of it and adds and subtracts its numbers; it then does the
-same with a column, which it gets from the others through shared memory. What
-rows of the matrix lie in one row of the array are combined with each other.
+A thread holds a row of it and adds and subtracts its numbers. Then it gets a
+column from the others, through shared memory, and does the same with those
+numbers of it that belong to one row of the array.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from jaxdist.kernels import gpu
 from jaxdist.kernels.hadamard.reference import signs
 from jaxdist.kernels.tpu import result
 
-THREADS = 128  # Of a warpgroup.
+THREADS = gpu.THREADS
 LARGEST_ROW = THREADS**2
 
 
@@ -98,8 +98,9 @@ def _hadamard(x, before, after):
     x.reshape(shape),
     *factors,
     programs=pl.cdiv(rows, some),
-    # A column more, so that neither rows nor columns meet in a bank.
-    scratch=[gpu.shared((THREADS, THREADS + 1), jnp.float32)],
+    # As much more as keeps rows apart in their banks, and still aligned for
+    # the instructions that move matrices, which JAX does not look after.
+    scratch=[gpu.shared((THREADS, THREADS + 4), jnp.float32)],
   )
   return y.reshape(rows, size)
 

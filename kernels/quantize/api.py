@@ -11,30 +11,36 @@ from jaxdist.kernels.quantize import gpu, reference, tpu
 from jaxdist.kernels.quantize.formats import FORMATS
 
 
-def _op(name, cannot, *static, **others):
-  # Traced once for each shape, also where another form runs: kernels are long.
-  kernel = jax.jit(getattr(tpu, name), static_argnames=static)
+def _op(name, cannot, *static):
+  def form(module, platform):
+    # Traced once for each shape, also where another form runs: kernels are
+    # long. Those for GPUs have not run on one.
+    kernel = jax.jit(getattr(module, name), static_argnames=static)
+    unsupported, ran = getattr(module, cannot), module is not gpu
+    return Form(kernel, (platform,), unsupported, automatic=ran)
+
   return Op(
     name,
     {
       'xla': Form(getattr(reference, name)),
-      'tpu': Form(kernel, ('tpu',), cannot),
-      **others,
+      'tpu': form(tpu, 'tpu'),
+      'gpu': form(gpu, 'cuda'),
     },
   )
 
 
 def _encoding(name):
-  kernel = Form(
-    getattr(gpu, name), ('cuda',), gpu.cannot_encode, automatic=False
-  )
-  return _op(name, tpu.cannot_encode, 'format', gpu=kernel)
+  return _op(name, 'cannot_encode', 'format')
+
+
+def _decoding(name):
+  return _op(name, 'cannot_decode', 'format', 'count')
 
 
 _quantize = _encoding('quantize')
-_dequantize = _op('dequantize', tpu.cannot_decode, 'format', 'count')
+_dequantize = _decoding('dequantize')
 _with_feedback = _encoding('quantize_with_feedback')
-_mean = _op('dequantize_mean', tpu.cannot_decode, 'format', 'count')
+_mean = _decoding('dequantize_mean')
 
 
 def quantize(

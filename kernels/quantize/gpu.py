@@ -2,11 +2,13 @@
 
 The codes of a word lie a fixed distance apart in their row. So a thread that
 holds the numbers at one place of each of these parts makes a word by itself.
+Rows of fewer words than a warp has lanes share one.
 """
 
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float32, Key, UInt32
@@ -36,14 +38,32 @@ def cannot_encode(x: Any, *others: Any, format: str) -> str | None:
     return (
       f'one of the formats {NEAREST} without a key, or {STOCHASTIC} with one'
     )
-  rows, size = x.shape
+  return _unsupported(*x.shape, format)
+
+
+def cannot_decode(
+  words: Any, scale: Any, *, format: str, count: int
+) -> str | None:
+  """What :func:`dequantize` and :func:`dequantize_mean` would need instead."""
+  del scale
+  return _unsupported(words.shape[-2], count, format)
+
+
+def _unsupported(rows, size, format):
   slots = 32 // FORMATS[format].bits
-  if size % (slots * gpu.LANES) or not 0 < size <= gpu.LARGEST_ROW:
+  words, rest = divmod(size, slots)
+  fits = words in (4, 8, 16) or words % gpu.LANES == 0
+  if rest or not fits or not 0 < size <= gpu.LARGEST_ROW:
     return (
-      f'rows of a multiple of {slots * gpu.LANES} numbers, up to '
+      f'rows of 4, 8, 16 or a multiple of 32 times {slots} numbers, up to '
       f'{gpu.LARGEST_ROW}, not {size}'
     )
-  return gpu.cannot_run(rows)
+  return gpu.cannot_run(rows, _rows(words))
+
+
+def _rows(words):
+  """How many a program takes."""
+  return gpu.THREADS // min(words, gpu.LANES)
 
 
 def _dithers(seed_ref, first_row, shape, slots):
@@ -104,6 +124,7 @@ def _encode(key, format, *arrays):
   code = FORMATS[format]
   slots = 32 // code.bits
   words = size // slots
+  some = _rows(words)
   seeds = [] if key is None else [seed(key)]
 
   def kernel(*refs):
@@ -111,8 +132,8 @@ def _encode(key, format, *arrays):
     inputs = [refs.pop(0) for _ in arrays]
     seed_ref = refs.pop(0) if seeds else None
     words_ref, scale_ref, *dropped_ref = refs
-    first_row = gpu.first_row(rows)
-    here, shape = pl.ds(first_row, gpu.ROWS), (gpu.ROWS, words)
+    first_row = gpu.first_row(rows, some)
+    here, shape = pl.ds(first_row, some), (some, words)
     spans = [pl.ds(slot * words, words) for slot in range(slots)]
     parts = [
       functools.reduce(jnp.add, [gpu.load(ref, here, span) for ref in inputs])
@@ -142,7 +163,7 @@ def _encode(key, format, *arrays):
     outputs[: 1 + len(arrays)],
     *arrays,
     *seeds,
-    programs=pl.cdiv(rows, gpu.ROWS),
+    programs=pl.cdiv(rows, some),
   )
   return packed, scale[:, None], *dropped
 
@@ -167,3 +188,54 @@ def quantize_with_feedback(
 ]:
   """Codes ``x + residual``, and says what that dropped."""
   return _encode(key, format, x, residual)
+
+
+def dequantize_mean(
+  words: UInt32[Array, 'n rows words'],
+  scale: Float32[Array, 'n rows 1'],
+  *,
+  format: str,
+  count: int,
+) -> Float32[Array, 'rows count']:
+  """The mean of what ``n`` workers coded, added up in order."""
+  workers, rows, width = words.shape
+  some, code = _rows(width), FORMATS[format]
+  slots = 32 // code.bits
+
+  def kernel(words_ref, scale_ref, x_ref):
+    here = pl.ds(gpu.first_row(rows, some), some)
+
+    def decoded(n):
+      packed = gpu.load(words_ref, n, here)
+      wide = gpu.spread(gpu.load(scale_ref, n, here), packed.shape)
+      # A code goes to the top; what is below it does not count.
+      tops = [packed << (32 - end * code.bits) for end in range(1, slots + 1)]
+      return [code.decode(top.astype(jnp.int32), wide) for top in tops]
+
+    def add(n, total):
+      return [t + x for t, x in zip(total, decoded(n), strict=True)]
+
+    total = jax.lax.fori_loop(1, workers, add, decoded(0))
+    for slot, x in enumerate(total):
+      span = pl.ds(slot * width, width)
+      gpu.store(x_ref, here, span, value=x / workers)
+
+  (x,) = gpu.call(
+    kernel,
+    [result((rows, count), jnp.float32, words, scale)],
+    words,
+    scale[:, :, 0],
+    programs=pl.cdiv(rows, some),
+  )
+  return x
+
+
+def dequantize(
+  words: UInt32[Array, 'rows words'],
+  scale: Float32[Array, 'rows 1'],
+  *,
+  format: str,
+  count: int,
+) -> Float32[Array, 'rows count']:
+  """The numbers that the codes stand for."""
+  return dequantize_mean(words[None], scale[None], format=format, count=count)

@@ -74,7 +74,8 @@ def top_k(
   Args:
     x: rows of numbers.
     k: how many to take of each row.
-    implementation: see :class:`jaxdist.kernels.dispatch.Op`.
+    implementation: see :class:`jaxdist.kernels.dispatch.Op`. ``'gpu'`` has
+      not run on a GPU yet, so that only its name picks it.
 
   Returns:
     The numbers and their places in the row, in an order that differs between
@@ -135,7 +136,8 @@ def scatter(
     values: numbers to place.
     indices: their places, different within a row.
     size: length of a row of the result.
-    implementation: see :class:`jaxdist.kernels.dispatch.Op`.
+    implementation: see :class:`jaxdist.kernels.dispatch.Op`. ``'gpu'`` has
+      not run on a GPU yet, so that only its name picks it.
 
   Returns:
     The rows.

@@ -15,6 +15,7 @@ from jaxdist.kernels.hadamard import reference as rotation_reference
 from jaxdist.kernels.quantize import api as quantization
 from jaxdist.kernels.quantize import gpu as quantization_gpu
 from jaxdist.kernels.quantize import reference as quantization_reference
+from jaxdist.kernels.quantize.formats import FORMATS
 from jaxdist.kernels.top_k import api as selection
 from jaxdist.kernels.top_k import gpu as selection_gpu
 from jaxdist.kernels.top_k import reference as selection_reference
@@ -26,6 +27,7 @@ QUANTIZED = [
   ('int8', None, 128),
   ('int4', None, 512),
   ('sign', None, 1024),
+  ('sign', None, 512),  # Two rows a warp.
   ('int8', KEY, 256),
   ('int4', KEY, 256),
   ('int2', KEY, 1024),
@@ -61,6 +63,16 @@ def quantizes(format, key, size):
   return program
 
 
+def averages(x):
+  words = jax.lax.bitcast_convert_type(x, jnp.uint32)[None, :, :32]
+  return [
+    quantization.dequantize_mean(
+      words, x[None, :, :1], format, 32 * 32 // code.bits, **GPU
+    )
+    for format, code in FORMATS.items()
+  ]
+
+
 def selects(size, k):
   def program(x):
     x = x[:, :size]
@@ -74,16 +86,18 @@ def selects(size, k):
 
 
 def rotates(x):
-  x = x[:, : 2 ** (x.shape[1].bit_length() - 1)]
-  return rotation.unrotate(rotation.rotate(x, KEY, **GPU), KEY, **GPU)
+  return rotation.unrotate(x, KEY, **GPU)
 
 
 PROGRAMS = {
-  **{f'{f}-{k is not None}': (quantizes(f, k, n), 2) for f, k, n in QUANTIZED},
-  'int8-4096': (quantizes('int8', None, 4096), 2),
+  **{
+    f'{f}-{n}' + ('-random' if k is not None else ''): (quantizes(f, k, n), 2)
+    for f, k, n in [*QUANTIZED, ('int8', None, 4096)]
+  },
+  'means': (averages, len(FORMATS)),
   'top-1-of-256': (selects(256, 1), 4),
   'top-51-of-4096': (selects(4096, 51), 4),
-  'rotate': (rotates, 2),
+  'rotate': (rotates, 1),
 }
 
 
@@ -114,8 +128,9 @@ def assert_same_bits(got, want):
 @interpreted
 @pytest.mark.parametrize(('format', 'key', 'size'), QUANTIZED)
 def test_quantize_is_the_definition(interpreter, format, key, size):
-  # Seven rows: one of the last program's is one of the first's.
-  x, residual = np.random.default_rng(0).standard_normal((2, 7, size))
+  # The last program's rows are some of the first's.
+  rows = 9 if (format, size) == ('sign', 512) else 7
+  x, residual = np.random.default_rng(0).standard_normal((2, rows, size))
   x[1], residual[1], x[2, 7], x[3, 3], x[4, 4] = 0, 0, 1e38, np.nan, np.inf
   x[6], residual[6] = 1e-40, 0
   got, want = both(
@@ -137,7 +152,36 @@ def test_quantize_is_the_definition(interpreter, format, key, size):
 
 
 @interpreted
-@pytest.mark.parametrize(('size', 'k'), [(128, 5), (2048, 10), (256, 256)])
+@pytest.mark.parametrize(
+  ('format', 'size', 'largest'),  # Two rows a warp; two words a lane.
+  [('sign', 512, 1), ('e2m1', 512, 6), ('e4m3', 128, 448)],
+)
+def test_mean_of_payloads_is_the_definition(interpreter, format, size, largest):
+  x = np.random.default_rng(2).standard_normal((3, 9, size))
+  x[0, 1], x[1, 2, 3], x[2, 4, 5] = 0, np.nan, 3e38
+  encode = lambda x: quantization_reference.quantize(x, None, format=format)
+  words, scale = jax.jit(jax.vmap(encode))(x.astype(np.float32))
+  got, want = both(
+    quantization_gpu.dequantize_mean,
+    quantization_reference.dequantize_mean,
+    words, scale, format=format, count=size,
+  )  # fmt: skip
+  whole = np.arange(9) != 2
+  np.testing.assert_array_equal(np.isfinite(want).all(1), whole)
+  np.testing.assert_array_equal(np.isfinite(got).all(1), whole)
+  # A product and a sum may be rounded as one.
+  unit = np.abs(scale).max(0) * np.float32(largest)
+  assert (np.abs(got - want) <= 2.0**-22 * unit)[whole].all()
+
+
+def in_order(values, indices, left):
+  """Numbers that were taken, by place."""
+  order = np.argsort(indices, axis=1)
+  return *(np.take_along_axis(x, order, 1) for x in (values, indices)), left
+
+
+@interpreted
+@pytest.mark.parametrize(('size', 'k'), [(512, 10), (2048, 2), (256, 100)])
 def test_top_k_is_the_definition(interpreter, size, k):
   # Many ties, and rows of all kinds.
   rng = np.random.default_rng(0)
@@ -154,12 +198,8 @@ def test_top_k_is_the_definition(interpreter, size, k):
     selection_reference.top_k_with_feedback,
     x, residual, k=k,
   )  # fmt: skip
-  order = np.argsort(want[1], axis=1)
-  np.testing.assert_array_equal(
-    got[1], np.take_along_axis(want[1], order, axis=1)
-  )
-  assert_same_bits(got[0], np.take_along_axis(want[0], order, axis=1))
-  assert_same_bits(got[2], want[2])
+  for a, b in zip(in_order(*got), in_order(*want), strict=True):
+    assert_same_bits(a, b)
 
 
 @interpreted
@@ -199,8 +239,16 @@ def test_rotation_is_the_definition(interpreter, there, size):
   ('call', 'needs'),
   [
     (lambda x: quantization.quantize(x, 'e4m3', **GPU), r"\('int8', 'int4', "),
-    (lambda x: quantization.quantize(x[:, :512], 'sign', **GPU), 'of 1024 num'),
+    (
+      lambda x: quantization.quantize(x[:, :96], 'int8', **GPU),
+      'or a multiple of 32 tim',
+    ),
+    (lambda x: quantization.quantize(x[:, :0], 'int8', **GPU), 'not 0'),
     (lambda x: quantization.quantize(x[:3], 'int8', **GPU), 'least 4 rows, no'),
+    (
+      lambda x: quantization.quantize(x[:, :256], 'sign', **GPU),
+      '16 rows, not 8',
+    ),
     (lambda x: selection.top_k(x[:, :384], 3, **GPU), 'from 128 to 4096 numbe'),
     (lambda x: rotation.rotate(x, KEY, **GPU), 'at least 16 rows, not 8'),
   ],

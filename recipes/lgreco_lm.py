@@ -49,14 +49,17 @@ class Rule(NamedTuple):
   def of(self, errors: np.ndarray, norms: np.ndarray) -> np.ndarray:
     """A summand for each leaf and level; means over workers, who lead."""
     summands = np.mean(errors**self.power, axis=0)
+    if not self.relative:
+      return summands
+    # Of nothing, nothing is dropped.
     whole = np.mean(norms**self.power, axis=0)[:, None]
-    return summands / whole if self.relative else summands
+    return summands / np.where(whole > 0, whole, 1)
 
 
 RULES = {
   'own, errors': Rule(1),
   'own, squares': Rule(2),
-  'own, squares of gradients': Rule(2, owed=False),
+  'own, errors of gradients': Rule(1, owed=False),
   'own, relative errors': Rule(1, relative=True),
 }
 

@@ -102,7 +102,7 @@ def cells(row: Row) -> list[str]:
   whole, *single = 100 * row.saved
   if row.has_one_level or not row.kind:
     saved = ''
-  elif np.isfinite(row.saved).all():
+  elif len(single) > 1 and np.isfinite(row.saved).all():
     saved = f'{whole:+.0f}% ({min(single):+.0f} to {max(single):+.0f})'
   else:
     saved = '-' if math.isnan(whole) else f'{whole:+.0f}%'
@@ -149,6 +149,8 @@ def draw(axes, rows: Sequence[Row]) -> None:
   axes.yaxis.set_minor_formatter('{x:.2f}')
   axes.set_ylabel('validation loss (nats a byte)')
   over_bytes(axes, 'sent by each worker in a step, in the mean')
+  # They seldom lie ten times apart.
+  axes.xaxis.set_minor_formatter(lambda value, _: size(value))
   axes.margins(x=0.15)
 
 

@@ -1,17 +1,21 @@
-"""Trains a network with a level of compression for each matrix (L-GreCo).
+"""Trains networks with a level of compression for each matrix (L-GreCo).
 
   python recipes/lgreco.py train
+  python recipes/lgreco.py lm --seeds 2 --every 150
   python recipes/lgreco.py cost
 
 ``train``: eight workers train a network of 64, 256, 128, 64 and 10 units on
 scikit-learn's digits. Matrices are sent sparse, in few bits or at low rank,
 with feedback, biases whole: all at one level, all at the next cheaper one, or
 each at a level of its own, chosen every 100 steps so that what is dropped is in
-sum no more than at the one level. ``cost``: what a choice costs, where the step
-is compiled anew and where it has a branch for each level.
+sum no more than at the one level. ``lm``: the same on the language model of
+lm.py, by several sums. ``cost``: what a choice costs, where the step is
+compiled anew and where it has a branch for each level.
 
-Five seeds; on two CPU cores they take about 3 minutes and 1 minute.
-BUILD_NOTES.md has the tables. Leaves JSON in out/lgreco.
+On two CPU cores ``train`` takes about 3 minutes for five seeds, ``cost`` one
+minute, ``lm`` half an hour a seed, one finished run after another, from which
+the same command goes on. BUILD_NOTES.md has the tables. Leaves JSON in
+out/lgreco, ``lm`` also a page.
 
 Alimohammadi et al, `L-GreCo <https://arxiv.org/abs/2210.17357>`_, 2024.
 """
@@ -21,35 +25,35 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import lgreco_lm
 import numpy as np
 import optax
 import tyro
+from levels import Levels, feedback, in_order, kinds, matrices
+from place import AXIS, WORKERS
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 
 import jaxdist as jd
 
-AXIS, WORKERS, IMAGES = 'data', 8, 16
+IMAGES = 16
 UNITS = (64, 256, 128, 64, 10)
 RATE, MOMENTUM = 0.1, 0.9
 # Images a worker that a choice is measured on; steps between evaluations.
 MEASURED, EVALUATED = 160, 10
-
-Levels = Mapping[Any, jd.Communicator]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """The command line."""
 
-  what: tyro.conf.Positional[Literal['train', 'cost']]
+  what: tyro.conf.Positional[Literal['train', 'lm', 'cost']]
   """What to run."""
   seeds: int = 5
   """How many."""
@@ -58,22 +62,7 @@ class Config:
   every: int = 100
   """Steps between choices."""
   out: Path = Path('out/lgreco')
-  """Folder for JSON."""
-
-
-def families() -> dict[str, tuple[Levels, Any, Any]]:
-  """By name: levels, the usual one, and the next cheaper one."""
-  sparse = lambda k: jd.mean(AXIS, jd.top_k(k / 512, block_size=512), 'gather')
-  dense = lambda code: jd.mean(AXIS, code, 'two_shot')
-  codes = {
-    'sign': jd.sign(block_size=128),
-    **{f'{b} bits': jd.quantize(bits=b, block_size=128) for b in (2, 4, 8)},
-  }
-  return {
-    'top-k of 512': ({k: sparse(k) for k in (1, 2, 4, 8, 16)}, 4, 2),
-    'bits': ({k: dense(code) for k, code in codes.items()}, '2 bits', 'sign'),
-    'rank': ({r: jd.low_rank_mean(AXIS, r) for r in (1, 2, 3, 4, 6, 8)}, 2, 1),
-  }
+  """Folder for JSON; ``lm`` goes on with the runs that are in it."""
 
 
 def start(key) -> dict[str, jax.Array]:
@@ -94,24 +83,9 @@ def loss(params, batch):
   return optax.softmax_cross_entropy_with_integer_labels(x, y).mean()
 
 
-def matrices(tree) -> list:
-  """What has levels."""
-  return [x for x in jax.tree.leaves(tree) if x.ndim > 1]
-
-
-def in_order(labels: list) -> Callable[[Any], Any]:
-  """Labels of the leaves of a tree, whatever its structure."""
-  return lambda tree: jax.tree.unflatten(jax.tree.structure(tree), labels)
-
-
 def optimizer(communicator: jd.Communicator) -> optax.GradientTransformation:
   """Feedback for matrices through a communicator, then momentum."""
-  parts = {'matrix': communicator, 'vector': jd.mean(AXIS)}
-  kind = lambda x: 'matrix' if x.ndim > 1 else 'vector'
-  communicator = jd.partition(parts, lambda tree: jax.tree.map(kind, tree))
-  return optax.chain(
-    jd.error_feedback(communicator), optax.sgd(RATE, momentum=MOMENTUM)
-  )
+  return optax.chain(feedback(communicator), optax.sgd(RATE, momentum=MOMENTUM))
 
 
 class Images:
@@ -135,7 +109,7 @@ class Images:
 
 
 class Trainer:
-  """Trains with the levels of one family; remembers compiled steps."""
+  """Trains with the levels of one kind; remembers compiled steps."""
 
   def __init__(self, levels: Levels):
     self.levels, self.steps = levels, {}
@@ -215,26 +189,26 @@ def compare(config: Config, console: Console) -> None:
   """Trains all, prints a table and leaves the numbers."""
   table = Table('levels', 'loss', 'least', 'most', 'sent a step', 'fewer')
   found = {}
-  for family, (levels, uniform, cheaper) in families().items():
-    trainer = Trainer(levels)
+  for name, kind in kinds().items():
+    trainer = Trainer(kind.levels)
     ways = {
-      f'all {uniform}': (uniform, None),
-      f'all {cheaper}': (cheaper, None),
-      'each its own': (uniform, config.every),
+      f'all {kind.usual}': (kind.usual, None),
+      f'all {kind.cheaper}': (kind.cheaper, None),
+      'each its own': (kind.usual, config.every),
     }
     first = None
     for way, (label, every) in ways.items():
-      with console.status(f'{family}, {way}'):
+      with console.status(f'{name}, {way}'):
         trials = [
           trainer.run(seed, label, config.steps, every)
           for seed in range(config.seeds)
         ]
-      found[f'{family}, {way}'] = trials
+      found[f'{name}, {way}'] = trials
       losses = [trial['loss'] for trial in trials]
       sent = np.mean([trial['sent'] for trial in trials])
       first = first or sent
       table.add_row(
-        f'{family}, {way}',
+        f'{name}, {way}',
         *(f'{x:.4f}' for x in (np.mean(losses), min(losses), max(losses))),
         f'{sent:,.0f} bytes',
         f'{100 * (1 - sent / first):.0f}%',
@@ -278,7 +252,7 @@ def cost(console: Console) -> None:
   """Times the two ways to go on with another choice."""
   table = Table('levels', 'way', 'compiling', 'a step', 'measuring')
   params, batch = start(jax.random.key(0)), Images(0).batch(IMAGES)
-  for family, (levels, uniform, _) in families().items():
+  for name, (levels, _, uniform, _) in kinds().items():
     measure = Trainer(levels).measure.lower(params, batch).compile()
     measuring = seconds(functools.partial(measure, params, batch), 10)
     chosen = jd.per_leaf(levels, in_order([uniform] * (len(UNITS) - 1)))
@@ -286,7 +260,7 @@ def cost(console: Console) -> None:
     for way, communicator in ways.items():
       compiling, step = times_of(optimizer(communicator), params, batch)
       table.add_row(
-        family,
+        name,
         way,
         f'{compiling:.2f} s',
         f'{1e3 * step:.2f} ms',
@@ -328,6 +302,10 @@ def main() -> None:
   console = Console()
   if config.what == 'cost':
     cost(console)
+  elif config.what == 'lm':
+    lgreco_lm.compare(
+      config.out / 'lm', config.seeds, config.steps, config.every, console
+    )
   else:
     compare(config, console)
 

@@ -4,6 +4,7 @@ Fewer seeds and steps than the recipes take, at learning rates that they found;
 the margins are those of the specification of each method.
 """
 
+import json
 import warnings
 
 import cellm
@@ -13,6 +14,7 @@ import fedzip
 import feedback
 import jax
 import lgreco
+import lgreco_page
 import numpy as np
 import saddle
 import sketch
@@ -143,6 +145,32 @@ def test_levels_by_leaf_lose_less_than_one_level_of_more_bytes(monkeypatch):
     assert a['sent'] < 0.85 * b['sent']
   # About 0.08 and 0.23.
   assert max(run['loss'] for run in own) < 0.7 * min(r['loss'] for r in same)
+
+
+def test_bytes_saved_are_read_at_equal_loss(tmp_path):
+  run = lambda loss, sent: {'loss': loss, 'sent': sent, 'chosen': {}}
+  runs = lambda way, *ends: {('top-k', way): [run(*end) for end in ends]}
+  found = {
+    ('', 'dense'): [run(1.0, 1e4)] * 2,
+    **runs('all 1', (4.0, 100), (4.0, 100)),
+    **runs('all 2', (2.0, 400), (2.0, 400)),
+    **runs('own, errors', (2.0, 100), (4.0, 50)),
+    **runs('own, squares', (1.5, 100), (1.5, 100)),
+  }
+  *_, errors, squares = lgreco_page.rows_of(found)
+  equal = 100 * 4 ** (np.log(4 / 3) / np.log(2))
+  np.testing.assert_allclose(errors.saved, [1 - 75 / equal, 0.75, 0.5])
+  assert np.isnan(squares.saved).all()
+  lgreco_page.write(tmp_path, lgreco_page.rows_of(found), found, {'steps': 3})
+  assert json.loads((tmp_path / 'results.json').read_text())['ways'][-1] == {
+    'kind': 'top-k',
+    'way': 'own, squares',
+    'losses': [1.5, 1.5],
+    'sent': [100, 100],
+    'saved': [None, None, None],
+    'chosen': [{}, {}],
+  }
+  assert '>top-k, own, errors<' in (tmp_path / 'report.html').read_text()
 
 
 def test_sparse_adapters_nearly_keep_up_with_whole_ones(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.extend
-from jax._src import clusters, distributed
+from jax._src import clusters, dispatch, distributed
 from jax._src.lib import _jax
 from jax.interpreters import batching, mlir
 
@@ -86,6 +86,10 @@ def set_gloo_host(host: str) -> None:
   _jax.make_gloo_tcp_collectives = functools.partial(
     _jax.make_gloo_tcp_collectives, hostname=host
   )
+
+
+# Compiles and runs a primitive by itself, as under jax.disable_jit().
+apply_primitive = dispatch.apply_primitive
 
 
 def load_registers(ref: Any, at: tuple[Any, ...], layout: Any) -> jax.Array:

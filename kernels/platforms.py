@@ -8,6 +8,8 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from jaxdist import compat
+
 DEFAULT = 'default'
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
@@ -15,8 +17,9 @@ PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 def by_platform(forms: Mapping[str, Callable[..., Any]], *arrays: Any) -> Any:
   """Calls the form for the platform that the program is lowered for.
 
-  As :func:`jax.lax.platform_dependent`, but other platforms' forms are never
-  traced: kernels are long, and most programs are for one platform.
+  As :func:`jax.lax.platform_dependent`, but of other platforms' forms only the
+  default is traced, for its types: kernels are long, and most programs are for
+  one platform.
 
   Args:
     forms: functions under :func:`jax.jit` by platform, and for any other under
@@ -74,8 +77,10 @@ def _lower(context, *arrays, platform, forms, out):
   form = dict(forms).get(platform, dict(forms).get(DEFAULT))
   if form is None:
     names = ', '.join(name for name, _ in forms)
+    lowered_for = platform or 'another platform'
     raise NotImplementedError(
-      f'This form is for {names} alone; the program is lowered for {platform}.'
+      f'This form is for {names} alone; the program is lowered for '
+      f'{lowered_for}.'
     )
   return mlir.lower_fun(form, multiple_results=True)(context, *arrays)
 
@@ -83,8 +88,9 @@ def _lower(context, *arrays, platform, forms, out):
 call_p = Primitive('kernel')
 call_p.multiple_results = True
 call_p.def_abstract_eval(lambda *arrays, forms, out: out)
+call_p.def_impl(functools.partial(compat.apply_primitive, call_p))
 batching.primitive_batchers[call_p] = _batch
-for _platform in PLATFORMS:
+for _platform in (*PLATFORMS, None):  # None: all others.
   mlir.register_lowering(
     call_p, functools.partial(_lower, platform=_platform), platform=_platform
   )

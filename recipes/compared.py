@@ -1,5 +1,6 @@
 """What a comparison of many methods found: a table, a page and numbers."""
 
+import collections
 import dataclasses
 import html
 import json
@@ -80,8 +81,8 @@ class Compared:
     steps = np.array(runs[0]['steps'])
 
     def so_far(of):
-      method = methods.find(name)
-      return np.array([method.total(of, traffic, n) for n in steps])
+      stages = map(methods.find(name).stages, steps)
+      return np.array([methods.total(of, traffic, each) for each in stages])
 
     def seconds(rate):
       link = jd.Link(rate * 1e6 / 8)
@@ -119,16 +120,11 @@ class Compared:
   @property
   def peak_bytes(self) -> float:
     """That a worker sends in the step that sends most."""
-    by_schedule: dict[str, float] = {}
-    always = 0.0
+    sent = collections.Counter()
     for row in self.traffic.rows:
-      if row.times >= 1:
-        always += row.bytes_a_step
-      else:
-        # Of branches, a step takes one.
-        sent = by_schedule.get(row.schedule, 0.0) + row.bytes_sent
-        by_schedule[row.schedule] = sent
-    return always + max(by_schedule.values(), default=0.0)
+      sent[row.schedule] += row.bytes_sent
+    always = sent.pop(self.traffic.schedules[0].name, 0.0)
+    return always + max(sent.values(), default=0.0)  # It takes one branch.
 
   def above(self, other: 'Compared') -> np.ndarray:
     """Each seed's last loss over the other's, less 1."""

@@ -206,20 +206,21 @@ def train(
     run.lines = folder.truncate(name, first)
     folder.save_traffic(run)
   before = run.seconds if run.lines else 0.0
+  stages = method.stages(first)
   started = time.perf_counter()
 
   for index in range(first, config.steps):
     began = time.perf_counter()
     state, metrics = step_fn(state, task.batch(index))
     metrics = multihost_utils.process_allgather(metrics, tiled=True)
+    seconds = time.perf_counter() - began
+    stages[method.stage(index)] += 1
     line = {
       'run': name,
       'step': index + 1,
       'loss': float(np.mean(metrics['loss'])),
-      'bytes_sent': round(
-        method.total(methods.bytes_a_step, traffic, index + 1)
-      ),
-      'step_seconds': time.perf_counter() - began,
+      'bytes_sent': round(methods.total(methods.bytes_a_step, traffic, stages)),
+      'step_seconds': seconds,
       'skipped': int(np.max(metrics['skipped'])),
       'seconds': before + time.perf_counter() - started,
     }

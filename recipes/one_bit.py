@@ -2,13 +2,14 @@
 
   python recipes/one_bit.py
 
-The model and text of lm.py, 8 workers. 1-bit Adam warms up for 100 of 400
+The model and text of lm.py, 8 workers. 1-bit Adam warms up for 100
 steps, then sends the momentum of matrices as signs, both ways, and vectors
 whole; beside it Adam, and Adam behind gradients sent in the same way. Three
 seeds; on two CPU cores it takes about 10 minutes. BUILD_NOTES.md has the table.
 """
 
 import dataclasses
+import sys
 
 import lm
 import methods
@@ -50,12 +51,19 @@ def ways() -> list[methods.Method]:
   return [
     methods.Method('Adam', 'gradients in float32', 4e-3, adam),
     methods.find('one-bit-adam'),
-    methods.Method('feedback, then Adam', 'as signs, before', 4e-3, feedback),
+    methods.Method(
+      'feedback, then Adam', 'gradients as signs, with feedback', 4e-3, feedback
+    ),
   ]
 
 
 def main() -> None:
   config = tyro.cli(Config, description=__doc__.partition('\n')[0])
+  if config.steps <= methods.WARMUP:
+    sys.exit(
+      f'one_bit.py: --steps must be more than the {methods.WARMUP} of the '
+      f'warm-up, got {config.steps}.'
+    )
   prepare_devices(None)
   data = text.load(None)
   console = Console()

@@ -18,8 +18,8 @@ COLUMNS = (
   'total time',
 )
 UNITS = (
-  'Validation loss in nats a byte. Sent a step: by each worker, read from the '
-  'compiled program.'
+  'Validation loss in nats a byte. Sent a step: by each worker, on average and '
+  'with its warm-up; read from the compiled program.'
 )
 
 
@@ -225,7 +225,8 @@ BODY = """<p>{summary}</p>
 <figure>{over_bytes}</figure>
 <h2>Bytes a worker sends in a step, by collective</h2>
 <p>Read from the compiled program, as a ring algorithm sends them. A collective
-that runs every few steps counts for its share. Mind the logarithmic scale.</p>
+that runs every few steps counts for its share, one of a warm-up for nothing.
+Mind the logarithmic scale.</p>
 <figure>{by_collective}</figure>
 {collectives}
 <h2>Settings and versions</h2>

@@ -13,8 +13,8 @@ from jaxdist.kernels.quantize.formats import FORMATS
 
 def _op(name, cannot, *static):
   def form(module, platform):
-    # Traced once for each shape, also where another form runs: kernels are
-    # long. Those for GPUs have not run on one.
+    # Traced once for each shape: kernels are long. Those for GPUs have not run
+    # on one.
     kernel = jax.jit(getattr(module, name), static_argnames=static)
     unsupported, ran = getattr(module, cannot), module is not gpu
     return Form(kernel, (platform,), unsupported, automatic=ran)

@@ -18,7 +18,7 @@ from jaxdist.kernels.top_k import (
 
 
 def _form(module, name, platform, cannot, static):
-  # Traced once for each shape, also where another form runs: kernels are long.
+  # Traced once for each shape: kernels are long.
   kernel = jax.jit(getattr(module, name), static_argnames=static)
   # Those for GPUs have not run on one.
   return Form(kernel, (platform,), cannot, automatic=platform != 'cuda')

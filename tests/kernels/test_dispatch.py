@@ -70,6 +70,19 @@ def test_only_the_platforms_form_is_traced():
   assert set(traced) == {'xla', 'cpu', 'tpu'}
 
 
+def test_other_platforms_get_the_definition():
+  exported = jax.export.export(
+    jax.jit(lambda x: scale(x, by=3.0)), platforms=['neuron']
+  )(jnp.ones(3))
+  assert '3.000000e+00' in exported.mlir_module()
+  assert 'add' not in exported.mlir_module()
+
+
+def test_without_jit():
+  with jax.disable_jit():
+    np.testing.assert_array_equal(scale(jnp.ones(3), by=2), 4 * np.ones(3))
+
+
 @pytest.mark.parametrize(('name', 'result'), [('xla', 2), ('here', 4)])
 def test_a_name_means_that_one(name, result):
   y = jax.jit(lambda x: scale(x, by=2, implementation=name))(jnp.ones(()))

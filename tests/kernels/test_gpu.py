@@ -65,12 +65,13 @@ def quantizes(format, key, size):
 
 def averages(x):
   words = jax.lax.bitcast_convert_type(x, jnp.uint32)[None, :, :32]
-  return [
+  means = [
     quantization.dequantize_mean(
       words, x[None, :, :1], format, 32 * 32 // code.bits, **GPU
     )
     for format, code in FORMATS.items()
   ]
+  return means, quantization.dequantize(words[0], x[:, :1], 'int8', 128, **GPU)
 
 
 def selects(size, k):
@@ -86,7 +87,11 @@ def selects(size, k):
 
 
 def rotates(x):
-  return rotation.unrotate(x, KEY, **GPU)
+  return rotation.rotate(x, KEY, **GPU), rotation.unrotate(x, KEY, **GPU)
+
+
+def many(x):
+  return jax.vmap(quantizes('int8', None, 128))(x.reshape(5, 13, 4096))
 
 
 PROGRAMS = {
@@ -94,10 +99,11 @@ PROGRAMS = {
     f'{f}-{n}' + ('-random' if k is not None else ''): (quantizes(f, k, n), 2)
     for f, k, n in [*QUANTIZED, ('int8', None, 4096)]
   },
-  'means': (averages, len(FORMATS)),
+  'means': (averages, len(FORMATS) + 1),
   'top-1-of-256': (selects(256, 1), 4),
   'top-51-of-4096': (selects(4096, 51), 4),
-  'rotate': (rotates, 1),
+  'rotate': (rotates, 2),
+  'many': (many, 2),
 }
 
 

@@ -139,12 +139,13 @@ def test_lines_count_the_bytes_of_the_compiled_step(method, unbroken):
 def test_bytes_of_a_warm_up_are_in_the_sum(unbroken):
   def sent(name, steps):
     traffic = unbroken(name).traffic
-    return methods.find(name).total(methods.bytes_a_step, traffic, steps)
+    stages = methods.find(name).stages(steps)
+    return methods.total(methods.bytes_a_step, traffic, stages)
 
   each = unbroken('one-bit-adam').traffic.bytes_a_step
   whole = sent('dense', 1)
   assert sent('one-bit-adam', 150) == 100 * whole + 50 * each
-  # All but the flag is sent by 0/1 Adam: at once, then every fourth step.
+  # All but the flag is sent by 0/1 Adam: at once, then in one of four steps.
   coded, whole = each - 4, whole - 4
   assert sent('zero-one-adam', 150) == (
     45 * whole + 55 * coded + 50 * coded / 4

@@ -38,6 +38,7 @@ from jaxdist.compressors import quantize as quantize
 from jaxdist.compressors import random_k as random_k
 from jaxdist.compressors import rotated as rotated
 from jaxdist.compressors import sign as sign
+from jaxdist.compressors import sketch as sketch
 from jaxdist.compressors import ternary as ternary
 from jaxdist.compressors import top_k as top_k
 from jaxdist.hosts import DesyncError as DesyncError
@@ -91,4 +92,5 @@ from jaxdist.transforms import masha2 as masha2
 from jaxdist.transforms import one_bit_adam as one_bit_adam
 from jaxdist.transforms import one_bit_lamb as one_bit_lamb
 from jaxdist.transforms import per_worker as per_worker
+from jaxdist.transforms import worker_noise as worker_noise
 from jaxdist.transforms import zero_one_adam as zero_one_adam

@@ -2,15 +2,17 @@
 
   python recipes/sketch.py
 
-Iterated sketching is a composition here: a rotation with random signs, and as
-many of the rotated numbers as the sketch is long (SRHT), drawn anew each round
-from a seed that all workers share. It is linear, so one all-reduce adds the
-workers' sketches up, and unbiased, so it needs no feedback; but its noise makes
-steps of 1 / L diverge, and steps times the density take as many more rounds:
-what is saved is bytes a round, not bytes in all. Shown beside a sketch that
-stays the same, which moves in few directions only, and random_k.
+Iterated sketching, by three families: a rotation with random signs, and as many
+of the rotated numbers as the sketch is long (SRHT); count sketches; Gaussian
+matrices; drawn anew each round from a seed that all workers share. They are
+linear, so one all-reduce adds the workers' sketches up, and unbiased, so they
+need no feedback; but their noise makes steps of 1 / L diverge, and steps
+shorter by 1 + alpha take as many more rounds: what is saved is bytes a round,
+not bytes in all. Shown beside a sketch that stays the same, which moves in few
+directions only, random_k, and noise of each worker's own before it sends (the
+private form).
 
-Eight workers, 256 unknowns, five seeds; in under a minute on two CPU cores.
+Eight workers, 256 unknowns, five seeds; in a minute on two CPU cores.
 BUILD_NOTES.md has the table.
 
 Song et al, `Sketching for First Order Method
@@ -22,6 +24,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import trials
 import tyro
 from rich.console import Console
@@ -31,6 +34,7 @@ from trials import AXIS, Problem
 import jaxdist as jd
 
 SIZE, WORKERS, ROWS, DENSITY = 256, 8, 64, 1 / 8
+NOISE = 1e-3  # Of each number; first gradients are of length 10.
 CODE = jd.rotated(jd.random_k(DENSITY, block_size=SIZE, unbiased=True))
 
 
@@ -72,23 +76,36 @@ def least_squares() -> Problem:
   return Problem(make, gradient, measure)
 
 
-def sketched(code: jd.Compressor | None) -> trials.Method:
-  """Gradient descent on the mean of sketches."""
-  return trials.scaled(jd.communicate(jd.mean(AXIS, code)))
+def sketched(code: jd.Compressor | None, noise: float = 0.0) -> trials.Method:
+  """Gradient descent on the mean of sketches, of gradients with noise."""
+  return trials.scaled(
+    optax.chain(
+      jd.worker_noise(AXIS, noise), jd.communicate(jd.mean(AXIS, code))
+    )
+  )
 
 
 def ways() -> dict[str, tuple[trials.Method, float, int]]:
   """By name: a method, its learning rate, and its rounds for one dense one."""
   same = CODE.at(jax.random.key(0))
   fixed = dataclasses.replace(CODE, seeded=lambda key: same)
-  random_k = jd.random_k(DENSITY, block_size=SIZE, unbiased=True)
+  options = {'density': DENSITY, 'block_size': SIZE}
+  random_k = jd.random_k(unbiased=True, **options)
   times = round(1 / DENSITY)
+
+  def way(code, noise=0.0):
+    # 2 - contraction is 1 + alpha.
+    return sketched(code, noise), 1 / (2 - code.contraction), times
+
   return {
     'dense': (sketched(None), 1.0, 1),
-    'sketch': (sketched(CODE), DENSITY, times),
-    'sketch, fixed': (sketched(fixed), DENSITY, times),
-    'sketch, rate 1 / L': (sketched(CODE), 1.0, times),
-    'random_k': (sketched(random_k), DENSITY, times),
+    'SRHT': way(CODE),
+    'count sketch': way(jd.sketch(**options)),
+    'Gaussian sketch': way(jd.sketch(family='gaussian', **options)),
+    'random_k': way(random_k),
+    'SRHT, fixed': way(fixed),
+    'SRHT, rate 1 / L': (sketched(CODE), 1.0, times),
+    f'SRHT, noise {NOISE}': way(CODE, NOISE),
   }
 
 

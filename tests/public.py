@@ -103,6 +103,11 @@ def transforms():
     jd.error_feedback(COMMUNICATORS['mean_gather_top_k']),
     optax.sgd(0.1),
   )
+  table['worker_noise'] = optax.chain(
+    jd.worker_noise(AXIS, 0.1),
+    jd.communicate(jd.mean(AXIS, jd.sketch(0.25, block_size=128))),
+    optax.sgd(0.1),
+  )
   table['ef21'] = optax.chain(
     jd.ef21(COMMUNICATORS['mean_two_shot_top_k']), optax.sgd(0.1)
   )

@@ -47,6 +47,8 @@ _codes = [
   ),
   jd.rotated(jd.quantize(bits=4, block_size=BLOCK)),
   jd.rotated(jd.random_k(0.25, block_size=BLOCK, unbiased=True)),
+  jd.sketch(0.25, block_size=BLOCK),
+  jd.sketch(0.25, family='gaussian', block_size=BLOCK),
 ]
 
 # Every public compressor by name; those that are seeded as they are made.

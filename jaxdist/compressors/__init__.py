@@ -13,6 +13,7 @@ from jaxdist.compressors.quantize import quantize as quantize
 from jaxdist.compressors.random_k import random_k as random_k
 from jaxdist.compressors.rotated import rotated as rotated
 from jaxdist.compressors.sign import sign as sign
+from jaxdist.compressors.sketch import sketch as sketch
 from jaxdist.compressors.ternary import ternary as ternary
 from jaxdist.compressors.top_k import Sparse as Sparse
 from jaxdist.compressors.top_k import global_top_k as global_top_k

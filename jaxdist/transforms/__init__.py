@@ -14,4 +14,5 @@ from jaxdist.transforms.per_worker import per_worker as per_worker
 from jaxdist.transforms.smoothness import (
   estimate_smoothness as estimate_smoothness,
 )
+from jaxdist.transforms.worker_noise import worker_noise as worker_noise
 from jaxdist.transforms.zero_one_adam import zero_one_adam as zero_one_adam

@@ -10,6 +10,7 @@ WITH_BLOCKS = {
   'identity': jd.identity,
   'top_k': lambda **options: jd.top_k(0.1, **options),
   'random_k': lambda **options: jd.random_k(0.1, **options),
+  'sketch': lambda **options: jd.sketch(0.1, **options),
   'quantize': jd.quantize,
   'float4': jd.float4,
   'float8': jd.float8,
@@ -33,6 +34,7 @@ def test_block_sizes_are_multiples_of_128(name, size):
   [
     jd.top_k,
     jd.random_k,
+    jd.sketch,
     jd.global_top_k,
     lambda density: jd.codebook(density=density),
   ],
@@ -56,6 +58,10 @@ def test_choices_are_listed():
     rule = "values must be 'float32' or 'bfloat16', got 'float16'"
     with pytest.raises(ValueError, match=rule):
       factory(0.1, values='float16')
+
+  rule = "family must be 'count' or 'gaussian', got 'srht'"
+  with pytest.raises(ValueError, match=rule):
+    inspect.unwrap(jd.sketch)(0.1, family='srht')
 
 
 def test_wrong_types():

@@ -49,6 +49,8 @@ WORDS = {
   'sign(block_size=128))': 1 + 1,
   'rotated(quantize(bits=4, block_size=128))': 16 + 1,
   'rotated(random_k(0.25, unbiased=True, block_size=128))': 32,
+  'sketch(0.25, block_size=128)': 32,
+  "sketch(0.25, family='gaussian', block_size=128)": 32,
 }
 
 

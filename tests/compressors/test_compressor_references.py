@@ -233,6 +233,27 @@ def test_random_k_keeps_the_same_random_places_of_all_blocks():
   assert np.abs(counts - 100).max() < 5 * np.sqrt(400 * 3 / 16)
 
 
+@pytest.mark.parametrize('family', ['count', 'gaussian'])
+def test_sketch_is_a_random_matrix_and_its_transpose(family):
+  code, x = jd.sketch(0.25, family=family, block_size=128), data()
+  matrices = [
+    code.at(key).encode(np.eye(128, dtype=np.float32), KEY).values
+    for key in jax.random.split(jax.random.key(2), 2)
+  ]
+  r = np.asarray(matrices[0], np.float64)
+  if family == 'count':  # Each number once, with either sign.
+    assert (np.abs(r).sum(1) == 1).all() and (np.abs(r).max(1) == 1).all()
+    assert 40 < (r.sum(1) > 0).sum() < 88 and (np.abs(r).sum(0) > 0).sum() > 25
+  else:  # 4096 numbers: within five standard errors.
+    assert abs(r.mean()) < 5 / np.sqrt(32) / 64
+    assert abs(32 * r.var() - 1) < 5 * np.sqrt(2) / 64
+  assert (np.asarray(matrices[1]) != r).mean() > 0.04
+  got = decoded(code.at(jax.random.split(jax.random.key(2), 2)[0]), x)
+  np.testing.assert_allclose(
+    got, x @ r @ r.T, rtol=1e-5, atol=1e-5 * np.abs(x).max()
+  )
+
+
 def test_unbiased_random_k_scales_up():
   x, seed = data(), jax.random.key(0)
   plain = decoded(jd.random_k(0.25).at(seed), x)

@@ -77,11 +77,11 @@ def test_newer_theory_of_ef21_is_faster_by_its_larger_step():
 
 def test_fresh_sketches_converge_and_a_fixed_one_does_not():
   dense = sketch.ends('dense', seeds=2, rounds=60)
-  fresh = sketch.ends('sketch', seeds=2, rounds=60)
+  fresh = sketch.ends('SRHT', seeds=2, rounds=60)
   # At equal bytes, nearly as many digits.
   assert np.all(np.log(fresh) < np.log(dense) / 2)
-  assert sketch.ends('sketch, fixed', seeds=2, rounds=60).min() > 0.5
-  assert not np.any(sketch.ends('sketch, rate 1 / L', seeds=2, rounds=60) < 100)
+  assert sketch.ends('SRHT, fixed', seeds=2, rounds=60).min() > 0.5
+  assert not np.any(sketch.ends('SRHT, rate 1 / L', seeds=2, rounds=60) < 100)
 
 
 def test_momentum_bears_one_bit_and_gradients_before_adam_do_not():

@@ -522,8 +522,10 @@ def test_report_survives_odd_runs(tmp_path):
   (line,) = folder.load_lines('dense')
   assert math.isnan(line['loss']) and math.isnan(line['val_loss'])
   odd = [
-    record.Run(name, [{**line, 'run': name}], jd.Traffic(rows))
-    for name, rows in (('dense', (row,)), ('<silent>', ()))
+    record.Run(
+      name, [{**line, 'run': name, 'bytes_sent': sent}], jd.Traffic(rows)
+    )
+    for name, sent, rows in (('dense', 12, (row,)), ('<silent>', 0, ()))
   ]
   report.write(tmp_path / 'page.html', odd, '<title>', {'a': 1})
   page = (tmp_path / 'page.html').read_text()

@@ -83,50 +83,27 @@ def workers_program(lowered):
   return [numbered(text) for text in (region, *functions)]
 
 
-# Of each way to exchange one, which runs under pmap and in a mesh of explicit
-# axes, too. The form of pmap is that of shard_map with check_vma=False.
-EVERYWHERE = {
-  'error_feedback_mean_two_shot_top_k',
-  'error_feedback_mean_global_top_k',
-  'error_feedback_low_rank_mean',
-  'local_sgd_gossip_ring_sign',
-  'noloco',
-  'dgc',
-  'streaming_diloco',
-  'scafcom',
-}
-
-
-@pytest.mark.parametrize(
-  ('name', 'everywhere'),
-  [
-    *((name, name in EVERYWHERE) for name in public.TRANSFORMS),
-    *(
-      pytest.param(name, True, marks=pytest.mark.slow)
-      for name in public.TRANSFORMS
-      if name not in EVERYWHERE
-    ),
-  ],
-)
-def test_same_numbers_everywhere(name, everywhere, make_mesh):
+@pytest.mark.parametrize('name', public.TRANSFORMS)
+def test_same_numbers_everywhere(name, make_mesh):
+  """The form of pmap is that of shard_map with check_vma=False, too."""
   tx = public.TRANSFORMS[name]
   gradients = public.gradients(WORKERS, STEPS)
   traced, args = under_shard_map(tx, gradients, make_mesh(WORKERS))
   lowered = traced.lower()
   expected = under_vmap(tx, gradients)
-  others = {'shard_map': lowered.compile()(*args)}
-  if everywhere:
-    others['pmap'] = under_pmap(tx, gradients)
+  others = {
+    'pmap': under_pmap(tx, gradients),
+    'shard_map': lowered.compile()(*args),
+  }
   for context, path in others.items():
     for want, got in zip(
       jax.tree.leaves(expected), jax.tree.leaves(path), strict=True
     ):
       np.testing.assert_allclose(got, want, **CLOSE, err_msg=context)
 
-  if everywhere:
-    explicit = make_mesh(WORKERS, axis_type=AxisType.Explicit)
-    other, _ = under_shard_map(tx, gradients, explicit)
-    assert workers_program(other.lower()) == workers_program(lowered)
+  explicit = make_mesh(WORKERS, axis_type=AxisType.Explicit)
+  other, _ = under_shard_map(tx, gradients, explicit)
+  assert workers_program(other.lower()) == workers_program(lowered)
 
 
 def check_foretold(tx, state, mesh):

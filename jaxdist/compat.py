@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.extend
 from jax._src import clusters, dispatch, distributed
-from jax._src.lib import _jax
+from jax._src.lib import _jax, xla_client
+from jax.experimental import topologies
 from jax.interpreters import batching, mlir
 
 
@@ -86,6 +87,34 @@ def set_gloo_host(host: str) -> None:
   _jax.make_gloo_tcp_collectives = functools.partial(
     _jax.make_gloo_tcp_collectives, hostname=host
   )
+
+
+def cuda_devices(library: str, **options: str) -> list[Any]:
+  """GPUs that only compile, from XLA's compiler for them.
+
+  JAX itself asks for it where it finds GPUs only.
+  """
+  jax.devices()  # If JAX loads it, then now: it cannot be loaded twice.
+  if not xla_client.pjrt_plugin_loaded('cuda'):
+    _own_cuda_compiler(library)
+  if not xla_client.pjrt_plugin_initialized('cuda'):
+    xla_client.initialize_pjrt_plugin('cuda')
+  if _own_cuda_compiler.cache_info().currsize:
+    described = xla_client.make_c_api_device_topology(
+      _own_cuda_compiler(library), '', **options
+    )
+    return described._make_compile_only_devices()
+  return topologies.get_topology_desc('', 'cuda', **options).devices
+
+
+@functools.cache
+def _own_cuda_compiler(library):
+  return xla_client.load_pjrt_plugin_dynamically('cuda', library)
+
+
+def only_compiles(device: Any) -> bool:
+  """Whether a device is one of a topology, on which nothing can run."""
+  return isinstance(device.client, _jax.CompileOnlyPyClient)
 
 
 # Compiles and runs a primitive by itself, as under jax.disable_jit().

@@ -1,17 +1,20 @@
-"""Plans a training run on a TPU pod that you don't have.
+"""Plans a training run on a TPU pod, or GPUs, that you don't have.
 
   python recipes/plan.py --topology v5e:4x4 --slices 2 --model 100m
+  python recipes/plan.py --topology h100:8 --slices 4 --model 1b
 
 Compiles the real training step of a decoder-only transformer (AdamW, FSDP
-inside slices, one worker a slice) for that pod, on a CPU, once for each method,
-and reads from the programs: memory, bytes a chip sends over each link in a
-step, and how much of the transfers compute hides. A cost model makes step times
-of that. Needs `pip install 'jaxdist[recipes,tpu]'`, no TPU.
+inside slices, one worker a slice; of GPUs, hosts are slices) for that pod, on a
+CPU, once for each method, and reads from the programs: memory, bytes a chip
+sends over each link in a step, and how much of the transfers compute hides. A
+cost model makes step times of that. Needs `pip install 'jaxdist[recipes,tpu]'`,
+no TPU; for GPUs, XLA's compiler for them, and says how to get it.
 """
 
 import dataclasses
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -31,7 +34,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import jaxdist as jd
 
-DCN = 'between slices'
+# Between the workers, and inside one: of TPUs and of GPUs.
+SLICES = ('between slices', 'chip links')
+HOSTS = ('between hosts', 'inside a host')
 WORKERS = 'dcn'
 DENSE = 'dense'
 EVERY = 100  # steps between the exchanges of an outer loop
@@ -145,7 +150,8 @@ class Config:
   """The command line."""
 
   topology: str = 'v5e:4x4'
-  """TPU generation and the chips along each side of one slice."""
+  """TPU generation and the chips along each side of one slice; of GPUs, which
+  (a100, h100, h200 or b200) and how many a host has, such as h100:8."""
   slices: int = 2
   """How many of them, linked by the data-centre network."""
   model: str = '100m'
@@ -162,8 +168,8 @@ class Config:
     float | None,
     tyro.conf.arg(
       metavar='FLOAT',
-      help='Gbit/s of a chip between slices.',
-      help_behavior_hint='(default: as published for the generation)',
+      help='Gbit/s of a chip between slices or hosts.',
+      help_behavior_hint='(default: as published)',
     ),
   ] = None
   efficiency: float = 0.5
@@ -186,6 +192,12 @@ def check(config: Config) -> None:
       raise ValueError(
         f'--{name} must be at least {least}, got {getattr(config, name)}.'
       )
+  if not re.fullmatch(r'\w+:\d+(x\d+)*', config.topology):
+    raise ValueError(
+      '--topology must be a generation and the chips along each side, such as '
+      f'v5e:4x4, or a GPU and their number, such as h100:8, got '
+      f'{config.topology}.'
+    )
   if config.length > decoder.CHUNK and config.length % decoder.CHUNK:
     raise ValueError(
       f'--length above {decoder.CHUNK} must be a multiple of it, got '
@@ -201,20 +213,21 @@ def check(config: Config) -> None:
 
 def pod(config: Config) -> jax.sharding.Mesh:
   """One worker a slice; its chips share parameters and batch."""
-  chips = math.prod(map(int, config.topology.partition(':')[2].split('x')))
-  per_chip = 2 if config.topology.startswith('tpu7x') else 1
+  name, _, sides = config.topology.partition(':')
+  chips = math.prod(map(int, sides.split('x')))
+  per_chip = 2 if name == 'tpu7x' else 1
   axes = {WORKERS: config.slices, decoder.AXIS: chips * per_chip}
   return jd.topology_mesh(config.topology, axes, slices=config.slices)
 
 
-def links(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jd.Link]:
+def links(config: Config, device: jax.Device, far: str) -> dict[str, jd.Link]:
   """What the pod's links carry, by the table or by the command line."""
-  kind = mesh.devices.flat[0].device_kind
+  kind = device.device_kind
   known = dict(jd.LINKS[kind])
   if config.dcn_gbps is not None:
-    latency = known.get(DCN, jd.Link(1.0, 1e-4)).latency
-    known[DCN] = jd.Link(config.dcn_gbps * 1e9 / 8, latency)
-  if DCN not in known:
+    latency = known.get(far, jd.Link(1.0, 1e-4)).latency
+    known[far] = jd.Link(config.dcn_gbps * 1e9 / 8, latency)
+  if far not in known:
     raise ValueError(f'--dcn-gbps must be given: none is published for {kind}.')
   return known
 
@@ -250,14 +263,14 @@ def compiled_traffic(config: Config, mesh, name: str):
   return traffic, sent(exchange), sent(gathered) if code else None
 
 
-def break_even(traffic, dense, known, efficiency) -> float:
+def break_even(traffic, dense, known, far, efficiency) -> float:
   """Bandwidth between slices at which a method is as fast as dense."""
 
   def seconds(sent):
     def at(rate):
-      link = jd.Link(rate, known[DCN].latency)
+      link = jd.Link(rate, known[far].latency)
       return jd.step_time(
-        sent, known | {DCN: link}, efficiency=efficiency
+        sent, known | {far: link}, efficiency=efficiency
       ).total
 
     return at
@@ -268,7 +281,9 @@ def break_even(traffic, dense, known, efficiency) -> float:
 def make_plans(config: Config, console: Console) -> tuple[list[Plan], dict]:
   """Compiles dense and each method, and prices their steps."""
   mesh = pod(config)
-  known = links(config, mesh)
+  device = mesh.devices.flat[0]
+  far, near = SLICES if device.platform == 'tpu' else HOSTS
+  known = links(config, device, far)
   plans, found = [], {}
   names = dict.fromkeys([DENSE, *config.method])
   with Progress(
@@ -288,14 +303,16 @@ def make_plans(config: Config, console: Console) -> tuple[list[Plan], dict]:
         Plan(
           method=name,
           slices=config.slices,
+          far=far,
+          near=near,
           memory=traffic.memory.total,
           bytes_by_link=traffic.by_link(),
           claimed=claimed[config.slices],
           seconds=cost.total,
-          exposed=cost.exposed[DCN],
+          exposed=cost.exposed[far],
           break_even=None
           if name == DENSE
-          else break_even(traffic, found[DENSE], known, config.efficiency),
+          else break_even(traffic, found[DENSE], known, far, config.efficiency),
           compile_seconds=taken,
           by_slices=claimed,
           gathered=gathered,

@@ -11,12 +11,10 @@ from page import COLORS, TEXT, duration, html_table, page, size, svg
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-DCN = 'between slices'
-CHIP_LINKS = 'chip links'
 COLUMNS = (
   'method',
   'memory',
-  'to slices',
+  'between',
   'fewer',
   'inside',
   'exposed',
@@ -26,11 +24,11 @@ COLUMNS = (
 )
 NOTES = (
   "For one chip and one step. Memory and bytes are the compiled program's; "
-  'what is sent once in many steps counts for its share. Inside: over the '
-  'links of a slice. Exposed: how long compute waits for transfers between '
-  'slices, by the cost model. Pays below: the bandwidth of a chip between '
-  'slices below which a step is faster than dense. Steps are compared, not '
-  'what they learn.'
+  'what is sent once in many steps counts for its share. Between and inside: '
+  'over the links between slices and those of a slice; of GPUs, hosts. '
+  'Exposed: how long compute waits for transfers between them, by the cost '
+  'model. Pays below: the bandwidth of a chip between them below which a step '
+  'is faster than dense. Steps are compared, not what they learn.'
 )
 
 
@@ -41,9 +39,11 @@ class Plan:
   Attributes:
     method: its name.
     slices: that it was compiled for.
+    far: the link between them.
+    near: the link inside one.
     memory: bytes of a chip's memory.
     bytes_by_link: that a chip sends in a step, on average.
-    claimed: bytes between slices by the communicator's own account.
+    claimed: bytes over the far link by the communicator's own account.
     seconds: of a step.
     exposed: seconds that compute waits for transfers between slices.
     break_even: bytes a second between slices below which it beats dense.
@@ -55,6 +55,8 @@ class Plan:
 
   method: str
   slices: int
+  far: str
+  near: str
   memory: int
   bytes_by_link: dict[str, float]
   claimed: float
@@ -73,9 +75,9 @@ def rows(plans: list[Plan]) -> list[tuple[str, ...]]:
     (
       plan.method,
       size(plan.memory),
-      size(plan.bytes_by_link[DCN]),
-      f'{dense.bytes_by_link[DCN] / plan.bytes_by_link[DCN]:.3g}x',
-      size(plan.bytes_by_link.get(CHIP_LINKS, 0)),
+      size(plan.bytes_by_link[plan.far]),
+      f'{dense.bytes_by_link[plan.far] / plan.bytes_by_link[plan.far]:.3g}x',
+      size(plan.bytes_by_link.get(plan.near, 0)),
       duration(plan.exposed),
       duration(plan.seconds),
       f'{dense.seconds / plan.seconds:.2f}x',
@@ -130,16 +132,18 @@ def write(
     f'style="width:100%" src="{_inline(folder, plan)}"></figure>'
     for plan in plans
   )
+  far = plans[0].far
+  many = far.removeprefix('between ')
   body = f"""
 <p>{NOTES}</p>
 {html_table(COLUMNS, rows(plans))}
 <h2>A step: compute, and waiting for transfers</h2>
 <figure>{svg(draw_steps, plans, 'Step time', 1 + 0.4 * len(plans))}</figure>
-<h2>Bytes that a chip sends between slices, over the number of slices</h2>
+<h2>Bytes that a chip sends {far}, over the number of {many}</h2>
 <p>Lines: what the communicators claim. Dots: compiled. Codes go in two rounds,
-by which a chip sends about twice its payload at any number of slices; dotted:
+by which a chip sends about twice its payload at any number of {many}; dotted:
 what gathering all payloads would take.</p>
-<figure>{svg(draw_slices, plans, 'Bytes over slices')}</figure>
+<figure>{svg(draw_slices, plans, f'Bytes over {many}')}</figure>
 {schedules}
 <h2>Settings</h2>
 <div class="facts">{lines}</div>
@@ -156,8 +160,8 @@ def draw_steps(axes, plans: list[Plan]) -> None:
   names = [plan.method for plan in plans]
   waits = [plan.exposed * 1e3 for plan in plans]
   rest = [(plan.seconds - plan.exposed) * 1e3 for plan in plans]
-  axes.barh(names, rest, color=COLORS[0], label='compute and chip links')
-  axes.barh(names, waits, left=rest, color=COLORS[1], label='between slices')
+  axes.barh(names, rest, color=COLORS[0], label=f'compute and {plans[0].near}')
+  axes.barh(names, waits, left=rest, color=COLORS[1], label=plans[0].far)
   axes.invert_yaxis()
   axes.set_xlabel('milliseconds')
   axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
@@ -170,7 +174,7 @@ def draw_slices(axes, plans: list[Plan]) -> None:
     counts, sent = zip(*plan.by_slices.items(), strict=True)
     axes.plot(counts, sent, style, color=color, label=plan.method)
     axes.plot(
-      plan.slices, plan.bytes_by_link[DCN], 'o', color=color, clip_on=False
+      plan.slices, plan.bytes_by_link[plan.far], 'o', color=color, clip_on=False
     )
   gathered = next((p for p in plans if p.gathered), None)
   if gathered:
@@ -186,6 +190,6 @@ def draw_slices(axes, plans: list[Plan]) -> None:
   axes.set_xticks(counts, [str(n) for n in counts])
   axes.minorticks_off()
   axes.yaxis.set_major_formatter(lambda value, _: size(value))
-  axes.set_xlabel('slices')
+  axes.set_xlabel(plans[0].far.removeprefix('between '))
   axes.set_ylabel('a chip, a step')
   axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)

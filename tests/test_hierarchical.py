@@ -1,6 +1,5 @@
 """Two levels of workers: slices of chips, each of which has its own updates."""
 
-import importlib.util
 import math
 
 import jax
@@ -10,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from needs import needs_tpu_compiler
 
 import jaxdist as jd
 from jaxdist.outer import participation
@@ -219,10 +219,7 @@ def test_bytes_by_axis(name):
   assert exchange.bytes_sent(shapes, (1, 1)) == 0
 
 
-@pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason='needs the TPU compiler, libtpu, which is for Linux on x86-64 only',
-)
+@needs_tpu_compiler
 @pytest.mark.parametrize('name', ['dense', 'two_shot_sign'])
 def test_a_chip_sends_its_share_between_slices_of_tpus(name):
   mesh = jd.topology_mesh('v5e:2x2', {'dcn': 2, 'ici': 4}, slices=2)

@@ -1,19 +1,15 @@
 """Training steps compiled for two slices: what crosses, and behind what."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from needs import needs_tpu_compiler
 
 import jaxdist as jd
 
-pytestmark = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason='needs the TPU compiler, libtpu, which is for Linux on x86-64 only',
-)
+pytestmark = needs_tpu_compiler
 
 SLICES = 'between slices'
 SPECS = {'w': P(None, 'fsdp'), 'v': P(None, None, 'fsdp'), 'b': P()}

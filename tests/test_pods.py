@@ -4,7 +4,6 @@ The meshes are of two slices of 2 x 2 chips unless a test says otherwise. W is
 the number of devices in a group; float32 has 4 bytes.
 """
 
-import importlib.util
 import json
 
 import jax
@@ -15,13 +14,11 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from needs import needs_tpu_compiler
 
 import jaxdist as jd
 
-pytestmark = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason='needs the TPU compiler, libtpu, which is for Linux on x86-64 only',
-)
+pytestmark = needs_tpu_compiler
 
 SLICES, CHIPS = 'between slices', 'chip links'
 BOTH = P(('dcn', 'ici'))

@@ -28,6 +28,7 @@ CHIPS: dict[str, Chip] = {
   'NVIDIA A100-SXM4-80GB': Chip(312e12, 2039e9),
   'NVIDIA H100 80GB HBM3': Chip(989e12, 3350e9),
   'NVIDIA H200': Chip(989e12, 4800e9),
+  'NVIDIA B200': Chip(2250e12, 8000e9),
   'cpu': Chip(200e9, 20e9),
 }
 _USUAL = CHIPS['TPU v5 lite']

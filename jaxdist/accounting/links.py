@@ -94,9 +94,10 @@ class Places:
     if members[0].platform == 'tpu':
       apart = len({slice_of(device) for device in members}) > 1
       return BETWEEN_SLICES if apart else CHIP_LINKS
-    # GPUs of several processes on one host, or one NVLink domain, share a
-    # slice_index.
-    hosts = {getattr(d, 'slice_index', d.process_index) for d in members}
+    if members[0].platform == 'gpu':
+      hosts = {slice_of(device) for device in members}
+    else:
+      hosts = {device.process_index for device in members}
     return BETWEEN_HOSTS if len(hosts) > 1 else INSIDE_A_HOST
 
   def pairs_apart(self, group: Sequence[int]) -> int:

@@ -55,9 +55,10 @@ def traffic(
     step: a jitted function, or a program that was compiled from one.
     *args: its arguments: arrays, or :class:`jax.ShapeDtypeStruct` with
       shardings. None for a compiled program.
-    topology: TPU slice to compile for, such as ``'v5e:4x4'``; if left out, the
+    topology: TPU slice, or host of GPUs, to compile for, such as ``'v5e:4x4'``
+      or ``'h100:8'``, as for :func:`jaxdist.topology_mesh`; if left out, the
       devices that the arguments lie on.
-    slices: number of such slices.
+    slices: number of such slices or hosts.
     **kwargs: its keyword arguments, likewise.
 
   Returns:
@@ -156,7 +157,7 @@ def _compile(step, args, kwargs, topology, slices):
     for sharding in jax.tree.leaves(shardings)
     for device in sharding.device_set
   }
-  if platforms != {'tpu'}:
+  if 'cpu' in platforms:
     raise ValueError(
       'step or args must say over which axes they lie: give args a'
       ' NamedSharding, over jd.topology_mesh(...) or a'

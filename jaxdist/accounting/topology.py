@@ -1,4 +1,4 @@
-"""Meshes of TPU pods that nobody has, to compile programs for."""
+"""Meshes of pods and clusters that nobody has, to compile programs for."""
 
 import contextlib
 import glob
@@ -12,6 +12,9 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+from jaxdist import compat
+from jaxdist.accounting import gpus
 
 _TWO_SIDES = '2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16'
 _THREE_SIDES = '2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, 4x8x8, 8x8x8, ...'
@@ -43,7 +46,7 @@ def topology_mesh(
   slices: int = 1,
   axis_types: Any = None,
 ) -> Mesh:
-  """A mesh over the chips of TPU slices that need not exist.
+  """A mesh over TPU slices, or hosts of GPUs, that need not exist.
 
   Programs can be compiled for it on any x86-64 Linux machine, none can run.
   Chips are numbered as on the real pods: the first axes go over slices, and
@@ -51,12 +54,14 @@ def topology_mesh(
   :func:`jaxdist.traffic` it tells what a step will send.
 
   Args:
-    topology: generation and chips along each side of one slice, such as
-      ``'v5e:4x4'`` or ``'v5p:4x4x8'``.
+    topology: of TPUs, generation and chips along each side of one slice, such
+      as ``'v5e:4x4'`` or ``'v5p:4x4x8'``; of GPUs, which, and how many a host
+      has, such as ``'h100:8'``.
     axes: names and sizes of the mesh's axes, those between slices first. Their
       product is the number of devices: chips times ``slices``, and on tpu7x
       twice that, two to a chip.
-    slices: number of slices, linked by the data-centre network.
+    slices: number of slices, linked by the data-centre network; of GPUs, of
+      hosts, linked by theirs.
     axis_types: as in :class:`jax.sharding.Mesh`; ``Auto`` if left out.
 
   Returns:
@@ -66,7 +71,10 @@ def topology_mesh(
   Raises:
     ValueError: for a topology that the compiler doesn't know, or axes that do
       not take all of its devices.
-    ImportError: if the compiler, libtpu, is not installed.
+    ImportError: if its compiler is not installed: libtpu, or for GPUs the
+      plugin of ``jax[cuda]``, which may also lie in a folder apart that the
+      environment variable ``JAXDIST_CUDA_COMPILER`` names; the message says
+      how.
 
   Examples:
     >>> import jaxdist as jd
@@ -101,7 +109,7 @@ def topology_mesh(
 
 
 def topology_devices(topology: str, slices: int = 1) -> list[Any]:
-  """The devices of some slices, slice by slice.
+  """The devices of some slices, or hosts of GPUs, one by one.
 
   Args:
     topology: as for :func:`topology_mesh`.
@@ -112,6 +120,8 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
   """
   if slices < 1:
     raise ValueError(f'slices must be at least 1, got {slices}.')
+  if gpus.is_gpu(topology):
+    return gpus.gpu_devices(topology, slices)
   if importlib.util.find_spec('libtpu') is None:
     raise ImportError(
       f'topology={topology!r} needs the TPU compiler: pip install'
@@ -129,7 +139,9 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
     known = '; '.join(f'{name}: {of}' for name, of in _COMPILED_FOR.items())
     raise ValueError(
       'topology must be a TPU generation and the chips along each side of a'
-      f" slice, such as 'v5e:4x4', got {topology!r}. These compile: {known}."
+      " slice, such as 'v5e:4x4', or a GPU and how many a host has, such as"
+      f" 'h100:8', got {topology!r}. These compile: {known};"
+      f' {", ".join(gpus.GPUS)}: any number.'
     ) from error
   return sorted(description.devices, key=lambda d: (slice_of(d), d.id))
 
@@ -157,7 +169,7 @@ def place(tree: Any, topology: str, slices: int) -> Any:
 
   def mesh_like(mesh):
     real = () if isinstance(mesh, AbstractMesh) else tuple(mesh.devices.flat)
-    if not real or real[0].platform != 'tpu':
+    if not real or real[0].platform != devices[0].platform:
       return topology_mesh(
         topology, mesh.shape, slices=slices, axis_types=mesh.axis_types
       )
@@ -189,7 +201,13 @@ def place(tree: Any, topology: str, slices: int) -> Any:
 
 
 def slice_of(device: Any) -> int:
-  """Which slice a device is in; 0 where there is only one."""
+  """Which slice a TPU is in, which host, or NVLink domain, a GPU.
+
+  Processes on one host share the ``slice_index`` of their GPUs; GPUs that only
+  compile have none worth the name, and a process for each host.
+  """
+  if device.platform == 'gpu' and compat.only_compiles(device):
+    return device.process_index
   return getattr(device, 'slice_index', None) or 0
 
 

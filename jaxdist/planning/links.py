@@ -2,7 +2,12 @@
 
 import dataclasses
 
-from jaxdist.accounting.links import BETWEEN_SLICES, CHIP_LINKS
+from jaxdist.accounting.links import (
+  BETWEEN_HOSTS,
+  BETWEEN_SLICES,
+  CHIP_LINKS,
+  INSIDE_A_HOST,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +43,10 @@ def _gbit(gbits: float, latency: float) -> Link:
 # Chip links: the published rate of a chip's links together. Between slices: the
 # published data-centre bandwidth of a pod, or of a chip, for each chip; where
 # it is not published it is left out. cloud.google.com/tpu/docs, pages v4, v5e,
-# v5p, v6e and tpu7x; a TPU7x chip is two devices. Latencies are guesses of the
-# right size: a microsecond on a board, a tenth of a millisecond between racks.
+# v5p, v6e and tpu7x; a TPU7x chip is two devices. GPUs: one way of NVLink, and
+# a GPU's own network adapter, as in the maker's DGX A100, H100, H200 and B200
+# (nvidia.com). Latencies are guesses of the right size: a microsecond on a
+# board, ten for NVLink, a tenth of a millisecond between racks.
 LINKS: dict[str, dict[str, Link]] = {
   'TPU v4': {CHIP_LINKS: _gbit(2400.0, 1e-6)},
   'TPU v5 lite': {
@@ -55,4 +62,20 @@ LINKS: dict[str, dict[str, Link]] = {
     BETWEEN_SLICES: _gbit(25600 / 256, 1e-4),
   },
   'TPU7x': {CHIP_LINKS: _gbit(9600 / 2 / 2, 1e-6)},
+  'NVIDIA A100-SXM4-80GB': {
+    INSIDE_A_HOST: _gbit(2400.0, 1e-5),
+    BETWEEN_HOSTS: _gbit(200.0, 1e-4),
+  },
+  'NVIDIA H100 80GB HBM3': {
+    INSIDE_A_HOST: _gbit(3600.0, 1e-5),
+    BETWEEN_HOSTS: _gbit(400.0, 1e-4),
+  },
+  'NVIDIA H200': {
+    INSIDE_A_HOST: _gbit(3600.0, 1e-5),
+    BETWEEN_HOSTS: _gbit(400.0, 1e-4),
+  },
+  'NVIDIA B200': {
+    INSIDE_A_HOST: _gbit(7200.0, 1e-5),
+    BETWEEN_HOSTS: _gbit(400.0, 1e-4),
+  },
 }

@@ -1,22 +1,17 @@
 """Collective products: rings against their definition, and their schedules."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from needs import needs_tpu_compiler
 from simulated import simulation
 
 import jaxdist as jd
 from jaxdist.kernels.collective_matmul import api, tpu
 
 SPEC = PartitionSpec('i')
-needs_compiler = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason='The compiler for TPUs is not installed: pip install libtpu.',
-)
 OPS = {
   'gather': (api.all_gather_matmul, (6, 10), (10, 4)),
   'scatter': (api.matmul_reduce_scatter, (None, 10), (10, 4)),
@@ -150,7 +145,7 @@ def test_a_kernel_that_never_ran_is_not_chosen():
   assert 'tpu_custom_call' not in text
 
 
-@needs_compiler
+@needs_tpu_compiler
 @pytest.mark.parametrize(
   'op', [api.all_gather_matmul, api.matmul_reduce_scatter]
 )
@@ -174,7 +169,7 @@ def test_transfers_are_open_while_products_run(op):
     assert not any(row.matmuls_inside for row in traffic('plain').rows)
 
 
-@needs_compiler
+@needs_tpu_compiler
 @pytest.mark.parametrize(
   'op', [tpu.all_gather_matmul, tpu.matmul_reduce_scatter]
 )

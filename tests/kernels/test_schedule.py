@@ -1,11 +1,11 @@
 """Times read from schedules: of a made-up one, and of the compiler's."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
+from needs import needs_tpu_compiler
 
 from jaxdist.kernels import schedule
 
@@ -36,10 +36,7 @@ def test_clocks_follow_from_the_rates():
   assert clocks == pytest.approx(known, rel=0.01)
 
 
-@pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason='The compiler for TPUs is not installed: pip install libtpu.',
-)
+@needs_tpu_compiler
 def test_feedback_is_bound_by_memory_on_v5e(tmp_path):
   path = tmp_path / 'table.json'
   only = '^with feedback (int2|top-10)$'

@@ -1,6 +1,5 @@
 """The planner: its model trains, and its figures are those of the program."""
 
-import importlib.util
 import json
 import math
 
@@ -12,14 +11,11 @@ import plan
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
+from needs import needs_gpu_compiler, needs_tpu_compiler
 
 import jaxdist as jd
 
 TINY = decoder.Size(256, 1, 2, 1, 256, 1024)
-needs_compiler = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason='needs the TPU compiler, libtpu, which is for Linux on x86-64 only',
-)
 
 
 def loss_and_grads(devices):
@@ -63,12 +59,19 @@ def test_cut_decoder_is_the_whole_one():
     assert np.linalg.norm(cut - whole) < 0.03 * size
 
 
-@needs_compiler
-def test_plan_of_a_tiny_pod(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+  'topology',
+  [
+    pytest.param('v5e:2x2', marks=needs_tpu_compiler),
+    # Its compiler takes long over attention.
+    pytest.param('h100:4', marks=[needs_gpu_compiler, pytest.mark.slow]),
+  ],
+)
+def test_plan_of_a_tiny_pod(topology, monkeypatch, tmp_path, capsys):
   monkeypatch.setitem(decoder.SIZES, 'tiny', TINY)
   plan.main(
     plan.Config(
-      topology='v5e:2x2',
+      topology=topology,
       model='tiny',
       method=('int8', 'noloco'),
       batch=1,
@@ -77,7 +80,7 @@ def test_plan_of_a_tiny_pod(monkeypatch, tmp_path, capsys):
       out=tmp_path,
     )
   )
-  assert 'tiny on 2 x v5e:2x2' in capsys.readouterr().out
+  assert f'tiny on 2 x {topology}' in capsys.readouterr().out
   found = json.loads((tmp_path / 'plan.json').read_text())
   dense, int8, noloco = found['plans']
   numbers = sum(
@@ -85,7 +88,7 @@ def test_plan_of_a_tiny_pod(monkeypatch, tmp_path, capsys):
   )
   once = 1 / plan.EVERY
   for each, times in ((dense, 1.0), (int8, 0.25), (noloco, once)):
-    sent = each['bytes_by_link'][plan.DCN]
+    sent = each['bytes_by_link'][each['far']]
     # A chip of four sends its share; vectors whole, scales, flag and tiles.
     share = numbers * 4 * times / 4
     assert share < sent < 1.1 * share + 32768 * times
@@ -129,6 +132,7 @@ def test_two_shots_stay_flat_and_gathers_grow():
   [
     ({'model': '2b'}, '--model must be one of 10m'),
     ({'method': ('int9',)}, '--method must be of dense'),
+    ({'topology': 'h100'}, '--topology must be a generation .* got h100'),
     ({'slices': 1}, '--slices must be at least 2, got 1'),
     ({'dcn_gbps': 0.0}, '--dcn-gbps must be positive'),
     ({'efficiency': 2.0}, r'--efficiency must be in'),

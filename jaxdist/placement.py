@@ -12,6 +12,7 @@ from jax.sharding import (
   PartitionSpec,
 )
 
+from jaxdist.communicators import checks
 from jaxdist.state import (
   Axis,
   PerShard,
@@ -256,3 +257,46 @@ def _entry_axes(entry: Any) -> tuple[str, ...]:
   if entry is None:
     return ()
   return entry if isinstance(entry, tuple) else (entry,)
+
+
+def check_workers(
+  mesh: AnyMesh | None, workers: int | None, axis: Axis, specs: Any
+) -> None:
+  """Refuses workers that are nowhere, or in two places.
+
+  Raises:
+    ValueError: saying what was given.
+  """
+  if (mesh is None) == (workers is None):
+    raise ValueError(
+      f'give either mesh (real devices) or workers (simulated on one device), '
+      f'got mesh={mesh!r} and workers={workers!r}.'
+    )
+  if mesh is not None and not set(axis_names(axis)) <= set(mesh.axis_names):
+    raise ValueError(
+      f'axis must be one of the axes of the mesh, {mesh.axis_names}, got '
+      f'{axis!r}.'
+    )
+  if mesh is None and not isinstance(axis, str):
+    raise ValueError(
+      f'axis must be one where workers are simulated; several need a mesh: got '
+      f'{axis!r}.'
+    )
+  if workers is not None:
+    checks.integer('workers', workers, 1)
+  if mesh is None and specs is not None:
+    raise ValueError(
+      f'specs cut parameters over the devices of a mesh, and simulated workers '
+      f'have one device: got specs={specs!r} without mesh.'
+    )
+
+
+def check_batch(batch: Any, count: int) -> None:
+  """Refuses batches that cannot be divided among so many workers."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+    if leaf.ndim < 1 or leaf.shape[0] % count:
+      raise ValueError(
+        f'the leading axis of a batch must be divisible by the number of '
+        f'workers, {count}: batch{jax.tree_util.keystr(path)} has shape '
+        f'{leaf.shape}.'
+      )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int32
 
 from jaxdist import lifting, placement, shared
 from jaxdist import state as worker_state
-from jaxdist.communicators import checks, collectives
+from jaxdist.communicators import collectives
 from jaxdist.communicators.base import exchanged_leaves
 from jaxdist.hosts import desync
 from jaxdist.state import Axis, PerShard, PerWorker, axis_names
@@ -86,7 +86,7 @@ def init(
     >>> state.opt_state[0].residual.value.shape
     (4, 3)
   """
-  _check_workers(mesh, workers, axis, specs)
+  placement.check_workers(mesh, workers, axis, specs)
   exchanged_leaves(jax.eval_shape(lambda params: params, params), 'params')
   tx = lifting.lifted(tx, axis)
 
@@ -191,7 +191,7 @@ def train_step(
     >>> state.params, metrics['loss']
     (Array(2., dtype=float32), Array([1., 9.], dtype=float32))
   """
-  _check_workers(mesh, workers, axis, specs)
+  placement.check_workers(mesh, workers, axis, specs)
   if batch_spec is not None and (
     mesh is None or not isinstance(batch_spec, PartitionSpec)
   ):
@@ -261,7 +261,7 @@ def train_step(
     return jax.lax.switch(clock.turn(), branches, state, batch)
 
   def step(state, batch):
-    _check_batch(batch, count)
+    placement.check_batch(batch, count)
     metrics_like = dict.fromkeys(('loss', 'skipped'), PerWorker(0))
     if mesh is None:
       shared.check_simulated(
@@ -382,41 +382,6 @@ def _constrain(tree, specs):
   leaves, treedef = jax.tree.flatten(tree)
   leaves = map(jax.lax.with_sharding_constraint, leaves, specs)
   return treedef.unflatten(leaves)
-
-
-def _check_workers(mesh, workers, axis, specs):
-  if (mesh is None) == (workers is None):
-    raise ValueError(
-      f'give either mesh (real devices) or workers (simulated on one device), '
-      f'got mesh={mesh!r} and workers={workers!r}.'
-    )
-  if mesh is not None and not set(axis_names(axis)) <= set(mesh.axis_names):
-    raise ValueError(
-      f'axis must be one of the axes of the mesh, {mesh.axis_names}, got '
-      f'{axis!r}.'
-    )
-  if mesh is None and not isinstance(axis, str):
-    raise ValueError(
-      f'axis must be one where workers are simulated; several need a mesh: got '
-      f'{axis!r}.'
-    )
-  if workers is not None:
-    checks.integer('workers', workers, 1)
-  if mesh is None and specs is not None:
-    raise ValueError(
-      f'specs cut parameters over the devices of a mesh, and simulated workers '
-      f'have one device: got specs={specs!r} without mesh.'
-    )
-
-
-def _check_batch(batch, count):
-  for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-    if leaf.ndim < 1 or leaf.shape[0] % count:
-      raise ValueError(
-        f'the leading axis of a batch must be divisible by the number of '
-        f'workers, {count}: batch{jax.tree_util.keystr(path)} has shape '
-        f'{leaf.shape}.'
-      )
 
 
 def _count(opt_state, field):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import compare
 import compared
+import compared_plots
 import lm
 import numpy as np
 import outer
@@ -165,5 +166,5 @@ def test_claims_are_judged_by_loss_bytes_and_peak():
   ):
     fields = {**vars(claim), **other}
     assert outer.judge(outer.Claim(**fields), diloco, dense)['holds'] is holds
-  assert compared.front([dense, diloco]) == [dense, diloco]
-  assert compared.front([one('dense', [1.1, 2.0]), diloco]) == [diloco]
+  assert compared_plots.front([dense, diloco]) == [dense, diloco]
+  assert compared_plots.front([one('dense', [1.1, 2.0]), diloco]) == [diloco]

@@ -77,5 +77,6 @@ def dequantize_mean(
     lambda total, one: (total + decoded(one), None),
     decoded((words[0], scale[0])),
     (words[1:], scale[1:]),
+    unroll=8,  # A loop would read and write the total once for each worker.
   )
   return total / words.shape[0]

@@ -62,8 +62,12 @@ def scatter_mean(
   size: int,
 ) -> Float32[Array, 'rows size']:
   """The mean over workers of rows of zeros with their values in place."""
+
+  def add(total, values, indices):
+    return total.at[indices].add(values, mode='drop', unique_indices=True)
+
   total, _ = jax.lax.scan(
-    lambda total, one: (total + scatter(*one, size=size), None),
+    lambda total, one: (jax.vmap(add)(total, *one), None),
     scatter(values[0], indices[0], size=size),
     (values[1:], indices[1:]),
   )

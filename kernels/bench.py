@@ -5,6 +5,11 @@ TPUs from its schedule, on a machine without one: bundles, the time that they
 take, the time that memory takes, the ratio, and which entry of which file of
 ``tuned/`` sized the tiles. Below 1 memory is the limit.
 
+``python -m jaxdist.kernels.bench --gpu h100`` compiles the forms in XLA for a
+GPU, on a machine without one, and counts what their programs read and write:
+kernels, bytes of all arguments and results, bytes moved, and the share of the
+first in the second, above which no form in XLA gets of the memory's rate.
+
 ``python -m jaxdist.kernels.bench`` times what this machine runs. Each time is
 the median of runs that take turns with a copy of the rows, which moves 8 bytes
 a number. Bytes are those of all arguments and results, once. Beside it stand
@@ -28,7 +33,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxdist.accounting import gpus, topology_mesh, traffic
 from jaxdist.kernels import schedule, shapes, tiles
 from jaxdist.kernels.hadamard import api as rotation
 from jaxdist.kernels.pack.api import num_words
@@ -178,6 +185,34 @@ def tpu_table(generation: str, size: int, only: str) -> list[dict[str, Any]]:
   return table
 
 
+def gpu_table(gpu: str, size: int, only: str) -> list[dict[str, Any]]:
+  """A row for each operation: what its program moves against its bytes."""
+  mesh = topology_mesh(f'{gpu}:1', {'gpu': 1})
+  placed = functools.partial(
+    jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec())
+  )
+  table = []
+  for case in cases('xla', size, only):
+    arrays = [placed(x.shape, x.dtype) for x in case.arrays]
+    compiled = jax.jit(case.function).lower(*arrays).compile()
+    row = {
+      'op': case.op,
+      'shape': case.shape,
+      'kernels': _opcodes(compiled).count('fusion'),
+      'bytes': case.num_bytes,
+      'moved': int(traffic(compiled).work.num_bytes),
+    }
+    row['share'] = row['bytes'] / row['moved']
+    table.append(row)
+    print(
+      f'{row["op"]:34} {"x".join(map(str, row["shape"])):>12} '
+      f'{row["kernels"]:>7} {row["bytes"]:>13,} {row["moved"]:>13,} '
+      f'{row["share"]:>6.2f}',
+      flush=True,
+    )
+  return table
+
+
 def call(function: Callable[..., Any], *arrays: jax.Array) -> None:
   """Calls a function and waits for what it returns."""
   jax.block_until_ready(function(*arrays))
@@ -277,6 +312,7 @@ def main(argv: list[str] | None = None) -> None:
   """Prints the table, and writes it."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--tpu', choices=schedule.CHIPS, help='read schedules')
+  parser.add_argument('--gpu', choices=gpus.GPUS, help='count bytes moved')
   parser.add_argument('--implementation', help='the form that is timed')
   parser.add_argument(
     '--only',
@@ -295,6 +331,12 @@ def main(argv: list[str] | None = None) -> None:
       f'{"memory us":>10} {"ratio":>6}  tiles'
     )
     table = tpu_table(options.tpu, options.size, options.only)
+  elif options.gpu:
+    print(
+      f'{"op":34} {"shape":>12} {"kernels":>7} {"bytes":>13} {"moved":>13} '
+      f'{"share":>6}'
+    )
+    table = gpu_table(options.gpu, options.size, options.only)
   else:
     print(
       f'{"op":34} {"shape":>12} {"bytes":>13} {"ms":>8} {"copy ms":>8} '

@@ -15,6 +15,7 @@ from needs import needs_gpu_compiler
 
 import jaxdist as jd
 from jaxdist.accounting import gpus
+from jaxdist.kernels import bench
 
 HOSTS, INSIDE = 'between hosts', 'inside a host'
 KILO = 1024
@@ -175,6 +176,19 @@ def test_each_gpu_by_the_topology_alone(gpu):
   # The compiler's rates are those of the cost model.
   told = gpus.GPUS[gpu].memory_gb_per_second * 1e9
   assert jd.CHIPS[kind].memory_bytes == told
+
+
+@needs_gpu_compiler
+def test_bytes_that_forms_in_xla_move():
+  # One pass over the words of eight workers; for the largest of a row, two.
+  (mean,) = bench.gpu_table('h100', 1024, '^mean of 8 int8$')
+  assert 0.95 < mean['share'] <= 1
+  (coded,) = bench.gpu_table('h100', 1024, '^quantize int8$')
+  numbers = 4 * 2**24
+  assert 2 * numbers < coded['moved'] < 2.3 * numbers
+  # What is scattered is written where the zeros are.
+  (placed,) = bench.gpu_table('h100', 1024, '^mean of 1 top-10$')
+  assert numbers < placed['moved'] < 1.1 * numbers
 
 
 @needs_gpu_compiler

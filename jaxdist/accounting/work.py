@@ -35,6 +35,8 @@ _FREE = frozenset(
 ) | set(transfers.COLLECTIVES)
 # These read or write a part of a large array.
 _READS_A_PART = frozenset({'dynamic-slice', 'slice', 'gather'})
+# These write a part of their first operand, where it lies: this other one.
+_WRITES_A_PART = {'dynamic-update-slice': 1, 'scatter': -1}
 _FREE_CALLS = re.compile(
   r'custom_call_target="(AsyncCollective\w+|PrepareAsync\w+|ConcatBitcast'
   r'|SliceId|AllocateBuffer|Sharding)"'
@@ -139,8 +141,8 @@ class Estimate:
     if opcode in _READS_A_PART:
       return flops, 2 * written
     operands = computation.operands(instruction)
-    if opcode == 'dynamic-update-slice':
-      return flops, 2 * _num_bytes(operands[1])
+    if opcode in _WRITES_A_PART:
+      return flops, 2 * _num_bytes(operands[_WRITES_A_PART[opcode]])
     return flops, written + sum(map(_num_bytes, operands))
 
   def _fused_flops(self, fusion: hlo.Instruction) -> float:
@@ -178,15 +180,16 @@ class Estimate:
     if fused.root.opcode == 'tuple':
       roots = fused.operands(fused.root)
     for root in roots:
-      if root.opcode == 'dynamic-update-slice':
-        total += 2 * _num_bytes(fused.operands(root)[1])
+      if root.opcode in _WRITES_A_PART:
+        part = fused.operands(root)[_WRITES_A_PART[root.opcode]]
+        total += 2 * _num_bytes(part)
       else:
         total += _num_bytes(root)
     return total
 
 
 def _touches_a_part(operand: hlo.Instruction, user: hlo.Instruction) -> bool:
-  if user.opcode == 'dynamic-update-slice':
+  if user.opcode in _WRITES_A_PART:
     return user.operands[0] == operand.name
   return user.opcode in _READS_A_PART and user.operands[0] == operand.name
 

@@ -72,7 +72,7 @@ class Gpu:
 
 
 # From the maker's data sheets, architecture white papers and CUDA guide:
-# resources.nvidia.com, docs.nvidia.com/cuda.
+# resources.nvidia.com, docs.nvidia.com/cuda. Numbers in the attributes' order.
 GPUS: dict[str, Gpu] = {
   'a100': Gpu(
     'NVIDIA A100-SXM4-80GB', (8, 0), 108, 1.41, 64, 80, 2039, 40, 164

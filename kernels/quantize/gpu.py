@@ -15,29 +15,19 @@ from jaxtyping import Array, Float32, Key, UInt32
 
 from jaxdist.kernels import gpu
 from jaxdist.kernels.numbers import (
-  TINY,
   float_bits,
   from_float_bits,
-  in_units,
-  relative,
   seed,
   threefry,
   to_dither,
 )
-from jaxdist.kernels.quantize.formats import FORMATS, rounded
+from jaxdist.kernels.quantize.formats import FORMATS, Rows
 from jaxdist.kernels.tpu import result
-
-NEAREST = ('int8', 'int4', 'sign')
-STOCHASTIC = ('int8', 'int4', 'int2')
 
 
 def cannot_encode(x: Any, *others: Any, format: str) -> str | None:
   """What :func:`quantize`, with feedback or without, would need instead."""
-  taken = NEAREST if others[-1] is None else STOCHASTIC
-  if format not in taken:
-    return (
-      f'one of the formats {NEAREST} without a key, or {STOCHASTIC} with one'
-    )
+  del others
   return _unsupported(*x.shape, format)
 
 
@@ -84,39 +74,24 @@ def _dithers(seed_ref, first_row, shape, slots):
   return dithers
 
 
-def _codes(parts, dithers, format):
-  """Codes, as of the definition, and the scale of rows in parts."""
-  shape = parts[0].shape
+def _rows_of(parts):
+  """What a format asks about rows in parts."""
+
+  def total(function, *numbers):
+    wide = _spread(numbers, parts)
+    sums = [function(x, *wide) for x in parts]
+    return jax.tree.map(
+      lambda *x: gpu.along_rows(jnp.sum, functools.reduce(jnp.add, x)), *sums
+    )
+
   bits = [float_bits(jnp.abs(x)) for x in parts]
-  largest = from_float_bits(
-    gpu.along_rows(jnp.max, functools.reduce(jnp.maximum, bits))
-  )
-  if format == 'sign':
-    wide = gpu.spread(largest, shape)
-    y = [in_units(jnp.abs(x), wide)[0] for x in parts]
-    total = gpu.along_rows(jnp.sum, functools.reduce(jnp.add, y))
-    mean = total * (1 / (len(parts) * shape[1]))
-    unit = in_units(largest, largest)[1]
-    return [jnp.where(x < 0, 1, 0) for x in parts], mean * unit
-  if format == 'int2':
-    wide = gpu.spread(largest, shape)
-    y = [relative(x, wide) for x in parts]
-    up = [
-      rounded(jnp.clip(1.5 * y + 1.5 + dither, 0, 3))
-      for y, dither in zip(y, dithers, strict=True)
-    ]
-    return [(up + 2) & 3 for up in up], largest * jnp.float32(1 / 3)
-  width = FORMATS[format].bits
-  q_max = 2 ** (width - 1) - 1
-  scale = jnp.maximum(largest * jnp.float32(1 / q_max), TINY)
-  wide = gpu.spread(1 / scale, shape)
-  y = [x * wide for x in parts]
-  if dithers:
-    y = [
-      jnp.clip(y + dither, -q_max, q_max)
-      for y, dither in zip(y, dithers, strict=True)
-    ]
-  return [rounded(y) & (2**width - 1) for y in y], scale
+  largest = gpu.along_rows(jnp.max, functools.reduce(jnp.maximum, bits))
+  size = len(parts) * parts[0].shape[1]
+  return Rows(size, from_float_bits(largest), total)
+
+
+def _spread(numbers, parts):
+  return [gpu.spread(number, parts[0].shape) for number in numbers]
 
 
 def _encode(key, format, *arrays):
@@ -139,19 +114,27 @@ def _encode(key, format, *arrays):
       functools.reduce(jnp.add, [gpu.load(ref, here, span) for ref in inputs])
       for span in spans
     ]
-    dithers = _dithers(seed_ref, first_row, shape, slots) if seeds else []
-    codes, scale = _codes(parts, dithers, format)
+    dithers = slots * [None]
+    if seeds:
+      dithers = _dithers(seed_ref, first_row, shape, slots)
+    scale, *numbers = code.fit(_rows_of(parts), random=key is not None)
+    numbers = _spread(numbers, parts)
+    # Converted at once: Mosaic forgets that a choice of constants has a sign.
+    codes = [
+      code.code(x, dither, *numbers).astype(jnp.uint32)
+      for x, dither in zip(parts, dithers, strict=True)
+    ]
     packed = functools.reduce(
       jnp.bitwise_or,
       [c << (slot * code.bits) for slot, c in enumerate(codes)],
     )
-    gpu.store(words_ref, here, value=packed.astype(jnp.uint32))
+    gpu.store(words_ref, here, value=packed)
     gpu.store(scale_ref, here, value=scale)
     for ref in dropped_ref:
       wide = gpu.spread(scale, shape)
       for x, c, span in zip(parts, codes, spans, strict=True):
-        decoded = code.decode(c << (32 - code.bits), wide)
-        gpu.store(ref, here, span, value=x - decoded)
+        top = (c << (32 - code.bits)).astype(jnp.int32)
+        gpu.store(ref, here, span, value=x - code.decode(top, wide))
 
   outputs = [
     result((rows, words), jnp.uint32, arrays),

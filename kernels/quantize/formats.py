@@ -8,6 +8,7 @@ definition; kernels call them on tiles.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +42,12 @@ class Rows:
     size: of a row.
     largest: magnitude in each row; NaN if there is one.
     total: ``(function, *numbers) -> sums``. Adds up along rows what a function
-      makes of their numbers, beside some numbers that each row has one of.
+      makes of each of their numbers and of those that are one for each row.
   """
 
   size: int
-  largest: Float32[Array, 'r *one']
-  total: Callable[..., Float32[Array, 'r *one']]
+  largest: Float32[Array, '*rows']
+  total: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,9 @@ class Format:
   """
 
   bits: int
-  fit: Callable[..., tuple[Float32[Array, 'r *one'], ...]]
-  code: Callable[..., Int32[Array, 'r n']]
-  decode: Callable[..., Float32[Array, 'r n']]
+  fit: Callable[..., tuple[Float32[Array, '*rows'], ...]]
+  code: Callable[..., Int32[Array, '*shape']]
+  decode: Callable[..., Float32[Array, '*shape']]
   stochastic: bool = False
 
   def encode(

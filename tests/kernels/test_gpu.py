@@ -26,9 +26,9 @@ GPU = {'implementation': 'gpu'}
 QUANTIZED = [
   ('int8', None, 128),
   ('int4', None, 512),
-  ('sign', None, 1024),
+  ('sign', None, 8192),  # Four warps a row, which is in shared memory.
   ('sign', None, 512),  # Two rows a warp.
-  ('int8', KEY, 256),
+  ('int8', KEY, 4096),  # Four warps a row.
   ('int4', KEY, 256),
   ('int2', KEY, 1024),
   ('int2', None, 512),
@@ -68,14 +68,15 @@ def quantizes(format, key, size):
 
 
 def averages(x):
-  words = jax.lax.bitcast_convert_type(x, jnp.uint32)[None, :, :32]
+  words, scale = jax.lax.bitcast_convert_type(x, jnp.uint32), x[:, :1]
   means = [
     quantization.dequantize_mean(
-      words, x[None, :, :1], format, 32 * 32 // code.bits, **GPU
+      words[None, :, :32], scale[None], format, 32 * 32 // code.bits, **GPU
     )
     for format, code in FORMATS.items()
   ]
-  return means, quantization.dequantize(words[0], x[:, :1], 'int8', 128, **GPU)
+  long = words[:, :2048], scale, 'int4', 2**14
+  return means, quantization.dequantize(*long, **GPU)
 
 
 def selects(size, k):
@@ -91,17 +92,18 @@ def selects(size, k):
 
 
 def rotates(x):
+  x = x[:, :4096]
   return rotation.rotate(x, KEY, **GPU), rotation.unrotate(x, KEY, **GPU)
 
 
 def many(x):
-  return jax.vmap(quantizes('int8', None, 128))(x.reshape(5, 13, 4096))
+  return jax.vmap(quantizes('int8', None, 128))(x.reshape(5, 13, -1))
 
 
 PROGRAMS = {
   **{
     f'{f}-{n}' + ('-random' if k is not None else ''): (quantizes(f, k, n), 2)
-    for f, k, n in [*QUANTIZED, ('int8', None, 4096)]
+    for f, k, n in QUANTIZED
   },
   'means': (averages, len(FORMATS) + 1),
   'top-1-of-256': (selects(256, 1), 4),
@@ -114,7 +116,7 @@ PROGRAMS = {
 @pytest.mark.parametrize('name', PROGRAMS)
 def test_forms_lower_for_cuda(name):
   program, calls = PROGRAMS[name]
-  x = jax.ShapeDtypeStruct((65, 4096), jnp.float32)
+  x = jax.ShapeDtypeStruct((65, 8192), jnp.float32)
   kernels = jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')
   with hopper():
     exported = jax.export.export(
@@ -165,7 +167,7 @@ def test_quantize_is_the_definition(interpreter, format, key, size):
 @interpreted
 @pytest.mark.parametrize(
   ('format', 'size', 'largest'),  # Two rows a warp; two words a lane.
-  [('sign', 512, 1), ('e2m1', 512, 6), ('e4m3', 128, 448)],
+  [('sign', 512, 1), ('e2m1', 512, 6), ('e4m3', 4096, 448)],
 )
 def test_mean_of_payloads_is_the_definition(interpreter, format, size, largest):
   x = np.random.default_rng(2).standard_normal((3, 9, size))
@@ -251,7 +253,11 @@ def test_rotation_is_the_definition(interpreter, there, size):
   [
     (
       lambda x: quantization.quantize(x[:, :96], 'int8', **GPU),
-      'or a multiple of 32 tim',
+      'a multiple of 32 times 4 numbers, or abo',
+    ),
+    (
+      lambda x: quantization.quantize(jnp.tile(x, 6), 'sign', **GPU),
+      'above 4096 of 128 times 32, up to 16384, not 6144',
     ),
     (lambda x: quantization.quantize(x[:, :0], 'int8', **GPU), 'not 0'),
     (lambda x: quantization.quantize(x[:3], 'int8', **GPU), 'least 4 rows, no'),

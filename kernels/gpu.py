@@ -77,8 +77,22 @@ def call(
   *arrays: Array,
   programs: int,
   scratch: Sequence[Any] = (),
+  barriers: bool = False,
 ) -> Sequence[Array]:
-  """Runs so many programs, of a warpgroup each."""
+  """Runs so many programs, of a warpgroup each.
+
+  Args:
+    kernel: takes references to arrays, outputs and scratch.
+    outputs: their types.
+    *arrays: that it reads.
+    programs: how many.
+    scratch: types in shared memory.
+    barriers: whether threads wait for each other before and after each store.
+      Without, the kernel waits where it must.
+
+  Returns:
+    The outputs.
+  """
   mosaic = _mosaic()
   return mosaic.kernel(
     kernel,
@@ -87,9 +101,8 @@ def call(
     grid=(programs,),
     grid_names=('program',),
     compiler_params=mosaic.CompilerParams(
-      # Layouts are as told, and kernels wait where they must.
-      lowering_semantics=mosaic.LoweringSemantics.Lane,
-      unsafe_no_auto_barriers=True,
+      lowering_semantics=mosaic.LoweringSemantics.Lane,  # Layouts as told.
+      unsafe_no_auto_barriers=not barriers,
     ),
     interpret=INTERPRET,
   )(*arrays)
@@ -98,6 +111,11 @@ def call(
 def shared(shape: tuple[int, ...], dtype: Any) -> Any:
   """Shared memory, for a program's scratch."""
   return _mosaic().SMEM(shape, dtype)
+
+
+def each_warp(body: Callable[[Array], None]) -> None:
+  """Calls ``body`` in each warp with its number; it computes with scalars."""
+  _mosaic().warp_map(body)
 
 
 def first_row(rows: int, some: int = ROWS) -> Array:

@@ -218,10 +218,12 @@ def test_top_k_is_the_definition(interpreter, size, k):
 @interpreted
 def test_scatter_is_the_definition(interpreter):
   rng = np.random.default_rng(1)
-  values = rng.standard_normal((3, 6, 5)).astype(np.float32)
+  values = rng.standard_normal((2, 6, 18)).astype(np.float32)
   values[0, 0, 0], values[0, 1] = -0.0, np.inf
-  places = rng.permuted(np.tile(np.arange(1056), (3, 6, 1)), axis=2)
-  indices = places[..., :5].astype(np.uint32)
+  # Some places are of both workers; some are behind the end, and go nowhere.
+  places = rng.permuted(np.tile(np.arange(0, 1056, 44), (2, 6, 1)), axis=2)
+  places[0, 2, 3], places[1, 3, 16] = 1056, 2**32 - 1
+  indices = places[..., :18].astype(np.uint32)
   for array in (values, indices), (values[:1], indices[:1]):
     assert_same_bits(
       *both(

@@ -1,7 +1,8 @@
 """Puts selected numbers back into rows on GPUs, and adds up those of workers.
 
-A row lies in shared memory. Its warp adds the numbers one by one, as they are
-in all lanes: no two are added at once, and the sums are in the workers' order.
+A row lies in shared memory. Its warp goes through the numbers as scalars and
+adds each where it belongs: the sums are in the workers' order, and nothing is
+scattered in memory.
 """
 
 import math

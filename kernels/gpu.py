@@ -2,7 +2,8 @@
 
 A warpgroup, which runs a program, takes four rows. The numbers of a row lie
 along the lanes of its warp: sums and maxima along rows are local additions and
-one instruction for the warp, and no warp waits for another.
+one instruction for the warp, and no warp waits for another. All four warps take
+a row that is too long for one; its array has no axis of rows.
 
 All are lowered for CUDA and interpreted in tests; none has run on a GPU yet.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Int32
 
 from jaxdist import compat
@@ -43,14 +45,20 @@ def _mosaic():
 def _layout(shape: tuple[int, ...]) -> Any:
   """Where the numbers of an array are whose axes begin with a program's rows.
 
-  Those of a row lie along lanes, of which there are ``128 / rows`` for each.
+  Those of a row lie along lanes, of which there are ``128 / rows`` for each. A
+  program's only row lies along all.
   """
   mosaic = _mosaic()
+  if not shape:
+    return None  # All lanes have it.
   rows, ndim = shape[0], len(shape)
-  lanes, of_warp = THREADS // rows, rows // WARPS
-  if ndim == 1:
+  lanes, of_warp = THREADS // min(rows, THREADS), rows // WARPS
+  if ndim == 1 and lanes > 1:
     return _layout((rows, lanes)).reduce(1)  # All lanes of a row have its one.
-  if shape[1:] == (1,):
+  if ndim == 1:
+    dims = {'warp_dims': (-3,), 'lane_dims': (-2,)}
+    tiles = [(THREADS,), (LANES,), (1,)]
+  elif shape[1] == 1 and ndim == 2:
     dims = {'warp_dims': (-2,), 'lane_dims': (mosaic.Replicated(lanes),)}
     tiles = [shape]
   elif of_warp == 1:
@@ -69,8 +77,22 @@ def call(
   *arrays: Array,
   programs: int,
   scratch: Sequence[Any] = (),
+  barriers: bool = False,
 ) -> Sequence[Array]:
-  """Runs so many programs, of a warpgroup each."""
+  """Runs so many programs, of a warpgroup each.
+
+  Args:
+    kernel: takes references to arrays, outputs and scratch.
+    outputs: their types.
+    *arrays: that it reads.
+    programs: how many.
+    scratch: types in shared memory.
+    barriers: whether threads wait for each other before and after each store.
+      Without, the kernel waits where it must.
+
+  Returns:
+    The outputs.
+  """
   mosaic = _mosaic()
   return mosaic.kernel(
     kernel,
@@ -79,9 +101,8 @@ def call(
     grid=(programs,),
     grid_names=('program',),
     compiler_params=mosaic.CompilerParams(
-      # Layouts are as told, and kernels wait where they must.
-      lowering_semantics=mosaic.LoweringSemantics.Lane,
-      unsafe_no_auto_barriers=True,
+      lowering_semantics=mosaic.LoweringSemantics.Lane,  # Layouts as told.
+      unsafe_no_auto_barriers=not barriers,
     ),
     interpret=INTERPRET,
   )(*arrays)
@@ -92,9 +113,20 @@ def shared(shape: tuple[int, ...], dtype: Any) -> Any:
   return _mosaic().SMEM(shape, dtype)
 
 
+def each_warp(body: Callable[[Array], None]) -> None:
+  """Calls ``body`` in each warp with its number; it computes with scalars."""
+  _mosaic().warp_map(body)
+
+
 def first_row(rows: int, some: int = ROWS) -> Array:
   """The first of a program's rows; the last ones' are moved up to the end."""
   return jnp.minimum(jax.lax.axis_index('program') * some, rows - some)
+
+
+def at_rows(rows: int, some: int) -> Any:
+  """Where they are; the only one has no axis of its own."""
+  first = first_row(rows, some)
+  return first if some == 1 else pl.ds(first, some)
 
 
 def load(ref: Any, *at: Any) -> Array:
@@ -121,10 +153,12 @@ def filled(shape: tuple[int, ...], value: Any, dtype: Any) -> Array:
 
 def spread(x: Array, shape: tuple[int, ...]) -> Array:
   """Numbers of rows, along the rows."""
-  wide = jax.lax.broadcast_in_dim(x, shape, (0,))
+  wide = jax.lax.broadcast_in_dim(x, shape, range(x.ndim))
   return _mosaic().layout_cast(wide, _layout(shape))
 
 
 def along_rows(reduce: Callable[..., Array], x: Array) -> Array:
   """A number of each row: the reduction over all other axes."""
+  if x.ndim == 1:
+    return reduce(x, axis=0)
   return functools.reduce(lambda x, _: reduce(x, axis=1), range(1, x.ndim), x)

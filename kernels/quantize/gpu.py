@@ -2,7 +2,8 @@
 
 The codes of a word lie a fixed distance apart in their row. So a thread that
 holds the numbers at one place of each of these parts makes a word by itself.
-Rows of fewer words than a warp has lanes share one.
+Rows of fewer words than a warp has lanes share one; four warps take a long row,
+and keep it in shared memory where their registers are too few.
 """
 
 import functools
@@ -15,29 +16,23 @@ from jaxtyping import Array, Float32, Key, UInt32
 
 from jaxdist.kernels import gpu
 from jaxdist.kernels.numbers import (
-  TINY,
   float_bits,
   from_float_bits,
-  in_units,
-  relative,
   seed,
   threefry,
   to_dither,
 )
-from jaxdist.kernels.quantize.formats import FORMATS, rounded
+from jaxdist.kernels.quantize.formats import FORMATS, Rows
 from jaxdist.kernels.tpu import result
 
-NEAREST = ('int8', 'int4', 'sign')
-STOCHASTIC = ('int8', 'int4', 'int2')
+# All warps of a program take a longer row, if its words are enough for them.
+SMALL_ROW = 2048
+LARGEST_ROW = gpu.WARPS * gpu.LARGEST_ROW
 
 
 def cannot_encode(x: Any, *others: Any, format: str) -> str | None:
   """What :func:`quantize`, with feedback or without, would need instead."""
-  taken = NEAREST if others[-1] is None else STOCHASTIC
-  if format not in taken:
-    return (
-      f'one of the formats {NEAREST} without a key, or {STOCHASTIC} with one'
-    )
+  del others
   return _unsupported(*x.shape, format)
 
 
@@ -53,23 +48,30 @@ def _unsupported(rows, size, format):
   slots = 32 // FORMATS[format].bits
   words, rest = divmod(size, slots)
   fits = words in (4, 8, 16) or words % gpu.LANES == 0
-  if rest or not fits or not 0 < size <= gpu.LARGEST_ROW:
+  if size > gpu.LARGEST_ROW:
+    fits = words % gpu.THREADS == 0
+  if rest or not fits or not 0 < size <= LARGEST_ROW:
     return (
-      f'rows of 4, 8, 16 or a multiple of 32 times {slots} numbers, up to '
-      f'{gpu.LARGEST_ROW}, not {size}'
+      f'rows of 4, 8, 16 or a multiple of 32 times {slots} numbers, or above '
+      f'{gpu.LARGEST_ROW} of 128 times {slots}, up to {LARGEST_ROW}, not {size}'
     )
-  return gpu.cannot_run(rows, _rows(words))
+  return gpu.cannot_run(rows, _rows(words, slots))
 
 
-def _rows(words):
-  """How many a program takes."""
+def _rows(words, slots):
+  """How many a program takes: one, or one or several for each warp."""
+  if words * slots > SMALL_ROW and words % gpu.THREADS == 0:
+    return 1
   return gpu.THREADS // min(words, gpu.LANES)
 
 
 def _dithers(seed_ref, first_row, shape, slots):
   """What is added to the numbers of each slot: those of the definition."""
-  row = (first_row + gpu.iota(shape, 0)).astype(jnp.uint32)
-  column, words = gpu.iota(shape, 1), shape[1]
+  *of_rows, words = shape
+  row = gpu.spread(first_row, shape)
+  if of_rows:
+    row += gpu.iota(shape, 0)
+  row, column = row.astype(jnp.uint32), gpu.iota(shape, len(of_rows))
   # A call draws for one column in each quarter of the row.
   calls = slots // 4
   draws = []
@@ -84,74 +86,63 @@ def _dithers(seed_ref, first_row, shape, slots):
   return dithers
 
 
-def _codes(parts, dithers, format):
-  """Codes, as of the definition, and the scale of rows in parts."""
-  shape = parts[0].shape
-  bits = [float_bits(jnp.abs(x)) for x in parts]
-  largest = from_float_bits(
-    gpu.along_rows(jnp.max, functools.reduce(jnp.maximum, bits))
-  )
-  if format == 'sign':
-    wide = gpu.spread(largest, shape)
-    y = [in_units(jnp.abs(x), wide)[0] for x in parts]
-    total = gpu.along_rows(jnp.sum, functools.reduce(jnp.add, y))
-    mean = total * (1 / (len(parts) * shape[1]))
-    unit = in_units(largest, largest)[1]
-    return [jnp.where(x < 0, 1, 0) for x in parts], mean * unit
-  if format == 'int2':
-    wide = gpu.spread(largest, shape)
-    y = [relative(x, wide) for x in parts]
-    up = [
-      rounded(jnp.clip(1.5 * y + 1.5 + dither, 0, 3))
-      for y, dither in zip(y, dithers, strict=True)
-    ]
-    return [(up + 2) & 3 for up in up], largest * jnp.float32(1 / 3)
-  width = FORMATS[format].bits
-  q_max = 2 ** (width - 1) - 1
-  scale = jnp.maximum(largest * jnp.float32(1 / q_max), TINY)
-  wide = gpu.spread(1 / scale, shape)
-  y = [x * wide for x in parts]
-  if dithers:
-    y = [
-      jnp.clip(y + dither, -q_max, q_max)
-      for y, dither in zip(y, dithers, strict=True)
-    ]
-  return [rounded(y) & (2**width - 1) for y in y], scale
-
-
 def _encode(key, format, *arrays):
   rows, size = arrays[0].shape
   code = FORMATS[format]
   slots = 32 // code.bits
   words = size // slots
-  some = _rows(words)
+  some = _rows(words, slots)
+  long = size > gpu.LARGEST_ROW  # Shared memory holds it, not registers.
   seeds = [] if key is None else [seed(key)]
+  shape = (words,) if some == 1 else (some, words)
+  spans = [pl.ds(slot * words, words) for slot in range(slots)]
+  spread = lambda numbers: [gpu.spread(number, shape) for number in numbers]
 
   def kernel(*refs):
     refs = list(refs)
     inputs = [refs.pop(0) for _ in arrays]
     seed_ref = refs.pop(0) if seeds else None
-    words_ref, scale_ref, *dropped_ref = refs
-    first_row = gpu.first_row(rows, some)
-    here, shape = pl.ds(first_row, some), (some, words)
-    spans = [pl.ds(slot * words, words) for slot in range(slots)]
-    parts = [
+    words_ref, scale_ref = refs.pop(0), refs.pop(0)
+    dropped_ref = [refs.pop(0) for _ in arrays[1:]]
+    first_row, here = gpu.first_row(rows, some), gpu.at_rows(rows, some)
+
+    loaded = [
       functools.reduce(jnp.add, [gpu.load(ref, here, span) for ref in inputs])
       for span in spans
     ]
-    dithers = _dithers(seed_ref, first_row, shape, slots) if seeds else []
-    codes, scale = _codes(parts, dithers, format)
-    packed = functools.reduce(
-      jnp.bitwise_or,
-      [c << (slot * code.bits) for slot, c in enumerate(codes)],
-    )
-    gpu.store(words_ref, here, value=packed.astype(jnp.uint32))
+    parts = lambda: loaded
+    if refs:
+      (held_ref,) = refs
+      for x, span in zip(loaded, spans, strict=True):
+        gpu.store(held_ref, span, value=x)
+      # Read after the maximum, at which all warps have waited for each other.
+      parts = lambda: [gpu.load(held_ref, span) for span in spans]
+
+    def total(function, *numbers):
+      sums = [function(x, *spread(numbers)) for x in parts()]
+      return jax.tree.map(
+        lambda *x: gpu.along_rows(jnp.sum, functools.reduce(jnp.add, x)), *sums
+      )
+
+    bits = [float_bits(jnp.abs(x)) for x in loaded]
+    largest = gpu.along_rows(jnp.max, functools.reduce(jnp.maximum, bits))
+    asked = Rows(size, from_float_bits(largest), total)
+    scale, *numbers = code.fit(asked, random=key is not None)
+    wide, *numbers = spread((scale, *numbers))
+    dithers = slots * [None]
+    if seeds:
+      dithers = _dithers(seed_ref, first_row, shape, slots)
+    packed = gpu.filled(shape, 0, jnp.uint32)
+    for slot, (x, dither) in enumerate(zip(parts(), dithers, strict=True)):
+      # Converted at once: Mosaic forgets that a choice of constants has a sign.
+      codes = code.code(x, dither, *numbers).astype(jnp.uint32)
+      packed |= codes << (slot * code.bits)
+      for ref in dropped_ref:
+        top = (codes << (32 - code.bits)).astype(jnp.int32)
+        value = x - code.decode(top, wide)
+        gpu.store(ref, here, spans[slot], value=value)
+    gpu.store(words_ref, here, value=packed)
     gpu.store(scale_ref, here, value=scale)
-    for ref in dropped_ref:
-      wide = gpu.spread(scale, shape)
-      for x, c, span in zip(parts, codes, spans, strict=True):
-        decoded = code.decode(c << (32 - code.bits), wide)
-        gpu.store(ref, here, span, value=x - decoded)
 
   outputs = [
     result((rows, words), jnp.uint32, arrays),
@@ -164,6 +155,7 @@ def _encode(key, format, *arrays):
     *arrays,
     *seeds,
     programs=pl.cdiv(rows, some),
+    scratch=[gpu.shared((size,), jnp.float32)] if long else [],
   )
   return packed, scale[:, None], *dropped
 
@@ -199,11 +191,12 @@ def dequantize_mean(
 ) -> Float32[Array, 'rows count']:
   """The mean of what ``n`` workers coded, added up in order."""
   workers, rows, width = words.shape
-  some, code = _rows(width), FORMATS[format]
+  code = FORMATS[format]
   slots = 32 // code.bits
+  some = _rows(width, slots)
 
   def kernel(words_ref, scale_ref, x_ref):
-    here = pl.ds(gpu.first_row(rows, some), some)
+    here = gpu.at_rows(rows, some)
 
     def decoded(n):
       packed = gpu.load(words_ref, n, here)

@@ -1,10 +1,11 @@
 """Puts selected numbers back into rows on GPUs, and adds up those of workers.
 
-A row lies in the registers of a warp, a thousand numbers at a time: a number
-goes to its place by a comparison with all places. Nothing is scattered, and
-memory is written once.
+A row lies in shared memory. Its warp goes through the numbers as scalars and
+adds each where it belongs: the sums are in the workers' order, and nothing is
+scattered in memory.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -15,45 +16,67 @@ from jaxtyping import Array, Float32, UInt32
 from jaxdist.kernels import gpu
 from jaxdist.kernels.tpu import result
 
+LARGEST_ROW = 8192  # Four are in shared memory.
+AT_ONCE = 16  # Numbers that are under way from memory to a warp.
 MOST = 32  # Registers of a thread that are filled at a time.
+PADDING = 4  # Numbers after a row, where those without a place go.
 
 
 def cannot_scatter(values: Any, indices: Any, *, size: int) -> str | None:
   """What :func:`scatter` and :func:`scatter_mean` would need instead."""
   del indices
-  if size % gpu.LANES:
-    return f'rows of a multiple of {gpu.LANES} numbers, not {size}'
+  if size % gpu.LANES or size > LARGEST_ROW:
+    return (
+      f'rows of a multiple of {gpu.LANES} numbers, up to {LARGEST_ROW}, '
+      f'not {size}'
+    )
   return gpu.cannot_run(values.shape[-2])
 
 
-def _kernel(values_ref, indices_ref, x_ref):
+def _kernel(values_ref, indices_ref, x_ref, rows_ref):
   workers, rows, k = values_ref.shape
-  _, parts, some, lanes = x_ref.shape
-  here = pl.ds(gpu.first_row(rows), gpu.ROWS)
-  shape = gpu.ROWS, some, lanes
-  lane = gpu.iota(shape, 1) * lanes + gpu.iota(shape, 2)
+  _, size = x_ref.shape
+  first = gpu.first_row(rows)
+  here, all_four = pl.ds(first, gpu.ROWS), pl.ds(0, gpu.ROWS)
+  some = gpu.LANES * math.gcd(size // gpu.LANES, MOST)
 
-  def fill(part, _):
-    place = part * some * lanes + lane
+  def for_parts(body):
+    def part(i, _):
+      body(pl.ds(i * some, some))
 
-    def decoded(n):
-      def put(j, x):
-        value, index = (
-          gpu.along_rows(jnp.max, gpu.load(ref, n, here, pl.ds(j, 1)))
-          for ref in (values_ref, indices_ref)
-        )
-        hit = place == gpu.spread(index.astype(jnp.int32), shape)
-        return jnp.where(hit, gpu.spread(value, shape), x)
+    jax.lax.fori_loop(0, size // some, part, None)
 
-      zeros = gpu.filled(shape, 0, jnp.float32)
-      return jax.lax.fori_loop(0, k, put, zeros)
+  zeros = gpu.filled((gpu.ROWS, some), 0, jnp.float32)
+  for_parts(lambda span: gpu.store(rows_ref, all_four, span, value=zeros))
 
-    total = jax.lax.fori_loop(
-      1, workers, lambda n, total: total + decoded(n), decoded(0)
-    )
-    gpu.store(x_ref, here, part, value=total / workers)
+  @gpu.each_warp
+  def _(warp):
+    row = first + warp
 
-  jax.lax.fori_loop(0, parts, fill, None)
+    def add(n, numbers):
+      values = [values_ref[n, row, j] for j in numbers]
+      indices = [indices_ref[n, row, j] for j in numbers]
+      places = [jnp.minimum(i, size).astype(jnp.int32) for i in indices]
+      if workers > 1:  # A worker's places are different.
+        before = [rows_ref[warp, place] for place in places]
+        values = [a + b for a, b in zip(before, values, strict=True)]
+      for place, value in zip(places, values, strict=True):
+        rows_ref[warp, place] = value
+
+    def add_all(n, _):
+      def add_some(i, _):
+        add(n, [i * AT_ONCE + j for j in range(AT_ONCE)])
+
+      jax.lax.fori_loop(0, k // AT_ONCE, add_some, None)
+      add(n, range(k - k % AT_ONCE, k))
+
+    jax.lax.fori_loop(0, workers, add_all, None)
+
+  def finish(span):
+    x = gpu.load(rows_ref, all_four, span)
+    gpu.store(x_ref, here, span, value=x / workers)
+
+  for_parts(finish)
 
 
 def scatter_mean(
@@ -63,14 +86,17 @@ def scatter_mean(
   size: int,
 ) -> Float32[Array, 'rows size']:
   """The mean over workers of rows of zeros with their values in place."""
-  rows, registers = values.shape[1], size // gpu.LANES
-  some = max(n for n in range(1, MOST + 1) if registers % n == 0)
-  shape = rows, registers // some, some, gpu.LANES
-  output = result(shape, jnp.float32, values, indices)
+  rows = values.shape[1]
   (x,) = gpu.call(
-    _kernel, [output], values, indices, programs=pl.cdiv(rows, gpu.ROWS)
+    _kernel,
+    [result((rows, size), jnp.float32, values, indices)],
+    values,
+    indices,
+    programs=pl.cdiv(rows, gpu.ROWS),
+    scratch=[gpu.shared((gpu.ROWS, size + PADDING), jnp.float32)],
+    barriers=True,
   )
-  return x.reshape(rows, size)
+  return x
 
 
 def scatter(

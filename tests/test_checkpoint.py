@@ -400,8 +400,11 @@ def test_checkpoints_of_another_format_are_refused(tmp_path):
 
 def test_what_a_killed_save_leaves_is_ignored_and_removed(tmp_path):
   jd.save(tmp_path, 1, {'w': jnp.ones(2)})
-  shutil.copytree(tmp_path / '1', tmp_path / '2.orbax-checkpoint-tmp')
+  left = tmp_path / 'saving-0123456789abcdef'
+  shutil.copytree(tmp_path / '1', left / '2.orbax-checkpoint-tmp')
+  shutil.copytree(tmp_path / '1', left / '2')
+  (tmp_path / 'saving-of-mine').mkdir()
   assert jd.latest_step(tmp_path) == 1
   jd.restore(tmp_path, {'w': jnp.ones(2)})
   jd.save(tmp_path, 3, {'w': jnp.ones(2)})
-  assert sorted(os.listdir(tmp_path)) == ['1', '3']
+  assert sorted(os.listdir(tmp_path)) == ['1', '3', 'saving-of-mine']

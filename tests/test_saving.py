@@ -230,10 +230,12 @@ jd.assert_in_sync(state)
 jd.save(directory, 1, state)
 with jd.Saver(directory) as saver:
   saver.save(2, state)
-from jaxdist.checkpoint import loading
+from jaxdist.checkpoint import layout
+lists = layout.checkpoints
 if rank == '1':
-  loading.checkpoints = lambda _: {}  # As a network file system may list it.
+  layout.checkpoints = lambda _: {}  # As a network file system may list it.
 restored = jd.restore(directory, state)
+layout.checkpoints = lists
 jax.tree.map(lambda x, y: np.testing.assert_array_equal(
   *(jax.experimental.multihost_utils.process_allgather(z, tiled=True)
     for z in (x, y))), state, restored)
@@ -277,6 +279,30 @@ print('back at', jd.latest_step(directory))
 print(*[x.message for x in caught
         if x.category is jd.CorruptCheckpointWarning])
 assert back['e'].value.sharding == state['e'].value.sharding
+
+# What the first process cannot do, all hear of at once, and can go on.
+import os, pathlib, time
+rename = os.rename
+def refused(source, target):
+  if '-tmp' in str(source):
+    raise OSError(5, 'Input/output error')
+  rename(source, target)
+if rank == '0':
+  os.rename = refused
+began = time.monotonic()
+try:
+  jd.save(directory, 3, state)
+except OSError as error:
+  print('refused:', error, time.monotonic() - began < 20)
+os.rename = rename
+jd.save(directory, 4, state, keep=1)
+print('saved', sorted(os.listdir(directory)), flush=True)
+# A thread of Orbax still waits for the first one, for minutes.
+ended = pathlib.Path(directory + '.ended')
+while rank == '0' and not ended.exists():
+  time.sleep(0.01)
+ended.touch()
+os._exit(0)
 """
 
 
@@ -293,12 +319,14 @@ def test_two_processes(tmp_path):
   assert [rank.returncode for rank in ranks] == [0, 0]
   for output in outputs:
     assert 'back at 1' in output
+    assert re.search('refused: .*step 3 was not .*: Input.* True', output)
     assert re.search(r"/2 is damaged: \['e'\]\[2:3.* Restored step 1", output)
     found = [line for line in output.splitlines() if line.startswith('found:')]
     differs, other_tree = found
     assert differs.startswith("found: ['w'] is out of sync")
     assert differs.endswith('the two are on other processes.')
     assert other_tree.startswith('found: processes [1] hold a tree of other')
+  assert "saved ['2.damaged', '4']" in outputs[0]
   # One process reads what two have written, for another number of workers.
   like = {'w': jnp.zeros((4, 2)), 'e': jd.PerWorker(jnp.zeros((2, 2))), 'n': 0}
   restored = jd.restore(tmp_path, like)

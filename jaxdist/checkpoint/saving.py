@@ -4,6 +4,7 @@ import contextlib
 import json
 import operator
 import os
+import threading
 from concurrent import futures
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -265,10 +266,10 @@ def _begin(directory, step, state, metadata, keep, copy):
       RECORD: make_record(leaves, metadata),
     }
     response = _write(staging, contents, keep, stack)
-    pool = futures.ThreadPoolExecutor(1)
-    future = pool.submit(_finish, response, staging, keep, stack.pop_all())
-    pool.shutdown(wait=False)
-    pending = _Pending(future, token)
+    pending = _Pending(futures.Future(), token)
+    work = (pending.future, response, staging, keep, stack.pop_all())
+    # Where another process fails, this one may be given up.
+    threading.Thread(target=_finish, args=work, daemon=True).start()
     _begun.add(pending)
     return pending
 
@@ -298,7 +299,7 @@ def _write(staging, contents, keep, stack):
   )
 
 
-def _finish(response, staging, keep, stack):
+def _finish(future, response, staging, keep, stack):
   """Commits what Orbax has written; in a thread."""
   try:
     with _named_errors(staging.directory, staging.step), stack:
@@ -310,10 +311,11 @@ def _finish(response, staging, keep, stack):
         raise
       if jax.process_index() == 0:
         staging.commit(keep)
-  except BaseException:
+    future.set_result(None)
+  except BaseException as error:
     if jax.process_count() > 1:
       agreement.sound_alarm(staging.token)
-    raise
+    future.set_exception(error)
 
 
 @contextlib.contextmanager

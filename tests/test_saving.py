@@ -83,7 +83,7 @@ def test_a_full_disk_is_named_and_training_can_go_on(tmp_path, capfd, caplog):
     jd.restore(tmp_path, noise(0))['w'], noise(1)['w']
   )
   jd.save(tmp_path, 2, noise(2))
-  assert sorted(os.listdir(tmp_path)) == ['1', '2']
+  assert sorted(os.listdir(tmp_path)) == ['1', '2', 'saving-1']
 
 
 def test_a_saver_raises_at_the_next_call(tmp_path):
@@ -97,7 +97,7 @@ def test_a_saver_raises_at_the_next_call(tmp_path):
   saver.wait()  # Once is enough.
   saver.save(3, noise(3))
   saver.wait()
-  assert sorted(os.listdir(tmp_path)) == ['1', '3']
+  assert sorted(os.listdir(tmp_path)) == ['1', '3', 'saving-1']
   with small_files(), pytest.raises(OSError, match='step 4 was not saved'):  # noqa: SIM117
     with jd.Saver(tmp_path) as saver:
       saver.save(4, noise(4))
@@ -191,7 +191,8 @@ def check_killed_saves(directory, trials, seed):
       assert all((x == newest).all() for x in jax.tree.leaves(restored))
       jd.save(path, newest + 1, restored, keep=keep)
       kept = range(newest + 2 - keep, newest + 2)
-      assert sorted(map(int, os.listdir(path))) == list(kept)
+      names = [*map(str, kept), 'saving-2']
+      assert sorted(os.listdir(path)) == sorted(names)
   finally:
     for saver in savers:
       saver.kill()
@@ -326,7 +327,7 @@ def test_two_processes(tmp_path):
     assert differs.startswith("found: ['w'] is out of sync")
     assert differs.endswith('the two are on other processes.')
     assert other_tree.startswith('found: processes [1] hold a tree of other')
-  assert "saved ['2.damaged', '4']" in outputs[0]
+  assert "saved ['2.damaged', '4', 'saving-2']" in outputs[0]
   # One process reads what two have written, for another number of workers.
   like = {'w': jnp.zeros((4, 2)), 'e': jd.PerWorker(jnp.zeros((2, 2))), 'n': 0}
   restored = jd.restore(tmp_path, like)

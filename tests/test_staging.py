@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxdist as jd
-from jaxdist.checkpoint import saving
+from jaxdist.checkpoint import saving, staging
 
 
 def state(step):
@@ -22,13 +22,9 @@ def state(step):
 
 
 def check(directory, *steps):
-  """These checkpoints are there, whole, and nothing else is."""
-  assert sorted(os.listdir(directory)) == [str(step) for step in steps]
-  check_whole(directory, *steps)
-
-
-def check_whole(directory, *steps):
-  assert set(steps) == {int(x) for x in os.listdir(directory) if x.isdigit()}
+  """These checkpoints are there, whole, and no others."""
+  names = filter(str.isdigit, os.listdir(directory))
+  assert sorted(names) == [str(step) for step in steps]
   for step in steps:
     restored = jd.restore(directory, state(0), step=step)
     assert (restored['w'] == step).all()
@@ -87,7 +83,7 @@ def stopped(directory, moment, by_handle, monkeypatch):
     stop.released.set()
 
 
-TAKEN_OVER = 'another run took over .* while this one saved step 2'
+TAKEN_OVER = 'another run took over .*: this one saves there no more'
 
 
 @pytest.mark.parametrize('by_handle', [False, True])
@@ -103,15 +99,17 @@ def test_who_was_given_up_changes_nothing(
         patch.setattr(shutil, 'rmtree', lambda *_, **__: None)
       new = jd.Saver(tmp_path)
     there = [1, 2] if moment == 'committed' else [1]
-    check_whole(tmp_path, *there)
+    check(tmp_path, *there)
   with pytest.raises(RuntimeError, match=TAKEN_OVER):
     old.wait()
   old.wait()  # Once is enough.
-  check_whole(tmp_path, *there)
+  check(tmp_path, *there)
   step = there[-1] + 1
   new.save(step, state(step))
   new.wait()
   check(tmp_path, there[-1], step)
+  jd.Saver(tmp_path)
+  assert len(os.listdir(tmp_path)) == 3  # What was written is gone.
 
 
 def test_who_makes_its_place_anew_commits_nothing(tmp_path, monkeypatch):
@@ -126,7 +124,35 @@ def test_who_makes_its_place_anew_commits_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(saving.integrity, 'seal', seal_late)
   with pytest.raises(RuntimeError, match=TAKEN_OVER):
     jd.save(tmp_path, 2, state(2))
-  assert not os.listdir(tmp_path)
+  assert jd.latest_step(tmp_path) is None
+
+
+def test_who_was_given_up_takes_nothing_back(tmp_path, monkeypatch):
+  """Not by its next save, nor where it was stopped while it began."""
+  directory = str(tmp_path)
+  listing = staging._taken
+  with stopped(tmp_path, 'written', False, monkeypatch) as new:
+    assert staging.number_of_run(directory) == 2
+    with monkeypatch.context() as patch:
+      patch.setitem(staging._numbers, directory, 1)
+      with pytest.raises(RuntimeError, match=TAKEN_OVER):
+        jd.save(tmp_path, 2, state(0))
+    for seen in ([], [1]):  # The next number was 1 then, or 2.
+      looks = iter([seen])
+      look = lambda path, looks=looks: next(looks, listing(path))
+      with monkeypatch.context() as patch:
+        patch.setattr(staging, '_taken', look)
+        with pytest.raises(RuntimeError, match=TAKEN_OVER):
+          jd.Saver(tmp_path)
+  new.wait()
+  check(tmp_path, 2)
+
+
+def test_a_directory_may_be_removed(tmp_path):
+  jd.save(tmp_path / 'run', 1, state(1))
+  shutil.rmtree(tmp_path / 'run')
+  jd.save(tmp_path / 'run', 1, state(1))
+  check(tmp_path / 'run', 1)
 
 
 def test_readers_end_nothing(tmp_path, monkeypatch):

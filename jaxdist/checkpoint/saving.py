@@ -4,6 +4,7 @@ import contextlib
 import json
 import operator
 import os
+import secrets
 import threading
 from concurrent import futures
 from typing import Any, NamedTuple, SupportsIndex
@@ -25,7 +26,12 @@ from jaxdist.checkpoint.layout import (
   system_numbers,
   without_pages,
 )
-from jaxdist.checkpoint.staging import Staging, fence
+from jaxdist.checkpoint.staging import (
+  Staging,
+  lost,
+  number_of_run,
+  take_over,
+)
 from jaxdist.hosts import agreement
 from jaxdist.keys import is_key
 from jaxdist.resize import named_leaves
@@ -55,11 +61,10 @@ def save(
   of several processes all of them must call it, with the same arguments and a
   directory that all can reach.
 
-  One run at a time saves in a directory, and the last that begins a save does:
-  saves of others that have not ended fail from then on, also those of a process
-  that was given up, stopped, and wakes up later; what they have written is
-  removed. Make a :class:`Saver` before :func:`restore` where that must not wait
-  for the first save.
+  One run at a time saves in a directory, the one that was the last to take it
+  over, which is done by its first save or by its :class:`Saver`. From then on
+  the saves of others fail, also those of a process that was given up, stopped,
+  and wakes up later, and what they have not committed is removed.
 
   Args:
     directory: where the checkpoints of one run lie, each in a directory named
@@ -110,11 +115,11 @@ class Saver:
   wrong there (no space, say) is raised by the next :meth:`save`, by
   :meth:`wait`, or at the end of the ``with`` block, once.
 
-  A saver takes over its directory when it is made, as a save does when it
-  begins: made before :func:`latest_step` and :func:`restore` are called, it
-  makes sure that no run that was given up commits another step after that. In a
-  run of several processes each has one, made after :func:`jaxdist.initialize`,
-  and all call it alike.
+  A saver takes over its directory when it is made; see :func:`save`. Made
+  before :func:`latest_step` and :func:`restore` are called, it makes sure that
+  no run that was given up commits a step after that. In a run of several
+  processes each has one, made after :func:`jaxdist.initialize`, and all call it
+  alike.
 
   Args:
     directory: see :func:`save`.
@@ -123,6 +128,8 @@ class Saver:
   Raises:
     ValueError: if ``keep`` is less than 1.
     OSError: if the file system refuses to take it over.
+    RuntimeError: if another run takes it over at the same time.
+    MissingProcessError: if another process does not make one in time.
 
   Examples:
     >>> import tempfile
@@ -140,8 +147,7 @@ class Saver:
     self._directory = absolute(directory)
     self._keep = keep
     self._pending = None
-    if jax.process_index() == 0:
-      fence(self._directory)
+    agreement.from_first('a Saver', lambda: take_over(self._directory))
 
   def save(
     self,
@@ -189,34 +195,27 @@ class _Pending(NamedTuple):
 
   def end(self) -> BaseException | None:
     """Waits for what this process does, unless another one fails."""
+    pause = _POLL_SECONDS if jax.process_count() > 1 else None
+    while not futures.wait([self.future], pause).done:
+      if agreement.hears_alarm(self.token):
+        break
+      pause = min(2 * pause, _MOST_POLL_SECONDS)
     _begun.discard(self)
-    if jax.process_count() > 1:
-      pause = _POLL_SECONDS
-      while not futures.wait([self.future], pause).done:
-        if agreement.hears_alarm(self.token):
-          return None
-        pause = min(2 * pause, _MOST_POLL_SECONDS)
-    return self.future.exception()
+    return self.future.exception() if self.future.done() else None
 
   def wait(self) -> None:
     """Returns once it is committed, or raises: alike on all processes."""
     error = self.end()
     if jax.process_count() > 1:
-      said = error and (
-        jax.process_index(),
-        getattr(error, 'errno', None),
-        getattr(error, 'strerror', None) or str(error),
-      )
       first = agreement.decide(
         'the end of a save',
-        said,
+        error and [jax.process_index(), *agreement.told(error)],
         lambda said: next(filter(None, said.values()), None),
         range(jax.process_count()),
       )
       if first and error is None:
         rank, number, words = first
-        words = f'process {rank}: {words}'
-        raise OSError(number, words) if number else RuntimeError(words)
+        error = agreement.heard(number, f'process {rank}: {words}')
     if error is not None:
       raise error
 
@@ -241,16 +240,16 @@ def _begin(directory, step, state, metadata, keep, copy):
   _check_json(metadata)
   arrays, leaves = _arrays_and_leaves(state)
   with _named_errors(directory, step):
-    newest, token = agreement.from_first(
-      'a save', lambda: _take_over(directory, step)
+    newest, number, token = agreement.from_first(
+      'a save', lambda: _place(directory)
     )
-  if token is None:
+  if step <= newest:
     raise ValueError(
       f'step must be larger than that of the newest checkpoint in {directory}, '
       f'{newest}, got {step}. To go on from an older one, remove those after '
       f'it or save elsewhere.'
     )
-  staging = Staging(directory, step, token)
+  staging = Staging(directory, number, token, step)
   with _named_errors(directory, step), contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       stack.enter_context(staging.removed_after_errors())
@@ -274,11 +273,11 @@ def _begin(directory, step, state, metadata, keep, copy):
     return pending
 
 
-def _take_over(directory, step):
-  """The newest step of a directory, and a token for a later one."""
-  fence(directory)
+def _place(directory):
+  """The newest step of a directory, and where a later one can be written."""
+  number = number_of_run(directory)
   newest = max(layout.checkpoints(directory), default=-1)
-  return newest, Staging.make(directory, step).token if step > newest else None
+  return newest, number, secrets.token_hex(8)
 
 
 def _write(staging, contents, keep, stack):
@@ -307,7 +306,7 @@ def _finish(future, response, staging, keep, stack):
         response.result()
       except Exception as error:
         if staging.is_lost:
-          raise staging.lost() from error
+          raise lost(staging.directory) from error
         raise
       if jax.process_index() == 0:
         staging.commit(keep)

@@ -1,15 +1,16 @@
 """Where a step is written, and how a run that was given up loses that place.
 
-Each save writes below a directory with a name of its own, ``saving-TOKEN``, in
-which the first process of its run has put a file, ``owner``. Orbax renames the
-step's directory there once it is whole. Then the first process removes
-``owner`` and renames the step to where it is found: that is the commit.
+The run that saves in a directory has a number there, one more than the run
+before, and a directory ``saving-NUMBER`` with a file ``owner`` in it. Orbax
+writes below that, and renames the step's directory there once it is whole. Then
+the first process renames it to where it is found: that is the commit.
 
-A process that all had given up, stopped at any moment of this, may wake up
-beside its successors. These have renamed its directory before they looked what
-is there, so that either its step was committed by then, or what it goes on to
-do fails: what it renames is not there any more. Where it was stopped so early
-that it makes the directory anew, there is no ``owner`` in it.
+A process that all had given up, stopped at any moment, may wake up beside its
+successors. These have taken the next number and then renamed its directory,
+before they looked what is there: either its step was committed by then, or what
+it goes on to do fails, since what it renames is not there any more. Where it
+makes the directory anew, there is no ``owner`` in it. What its successors write
+it never touches: their number is larger.
 """
 
 import contextlib
@@ -24,9 +25,11 @@ from typing import NamedTuple
 
 from jaxdist.checkpoint import layout
 
-_PREFIX = 'saving-'
-_NAME = re.compile(_PREFIX + '[0-9a-f]{16}')
 _OWNER = 'owner'
+_SAVING = re.compile('saving-([0-9]+)')
+_REMOVED = re.compile('removed-[0-9a-f]{16}')
+# This process's, by directory.
+_numbers: dict[str, int] = {}
 
 
 class Staging(NamedTuple):
@@ -34,28 +37,20 @@ class Staging(NamedTuple):
 
   Attributes:
     directory: that of the run's checkpoints.
-    step: what is saved.
+    number: the run's.
     token: no other save's.
+    step: what is saved.
   """
 
   directory: str
-  step: int
+  number: int
   token: str
-
-  @classmethod
-  def make(cls, directory: str, step: int) -> 'Staging':
-    """Makes one."""
-    staging = cls(directory, step, secrets.token_hex(8))
-    if layout.is_local(directory):
-      os.makedirs(directory, exist_ok=True)
-      staging.path.mkdir()
-      (staging.path / _OWNER).touch()
-    return staging
+  step: int
 
   @property
   def path(self) -> Path:
-    """Which nobody else uses."""
-    return Path(self.directory, _PREFIX + self.token)
+    """Which only this save uses."""
+    return _path(self.directory, self.number) / self.token
 
   @property
   def step_path(self) -> Path:
@@ -64,8 +59,10 @@ class Staging(NamedTuple):
 
   @property
   def is_lost(self) -> bool:
-    """Whether another run has taken over, before the commit."""
-    return layout.is_local(self.directory) and not (self.path / _OWNER).exists()
+    """Whether another run has taken over."""
+    return layout.is_local(self.directory) and not _is_held(
+      self.directory, self.number
+    )
 
   def commit(self, keep: int) -> None:
     """Puts the step among the checkpoints, and deletes older ones.
@@ -78,24 +75,18 @@ class Staging(NamedTuple):
     """
     if not layout.is_local(self.directory):
       return
+    if self.is_lost:
+      raise lost(self.directory)
     try:
-      (self.path / _OWNER).unlink()
       self.step_path.rename(Path(self.directory, self.step_path.name))
       for step in self._older()[keep - 1 :]:
         self._retire(layout.step_name(step))
     except OSError as error:
       if error.errno in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
-        raise self.lost() from error
+        raise lost(self.directory) from error
       raise
-    # On a network file system what a reader has open remains; fence removes it.
+    # What readers have open may remain, on a network file system.
     shutil.rmtree(self.path, ignore_errors=True)
-
-  def lost(self) -> RuntimeError:
-    """The error of a run whose place another one has taken."""
-    return RuntimeError(
-      f'another run took over {self.directory} while this one saved step '
-      f'{self.step} there. Checkpoints that were there still are.'
-    )
 
   @contextlib.contextmanager
   def removed_after_errors(self) -> Iterator[None]:
@@ -104,8 +95,7 @@ class Staging(NamedTuple):
       yield
     except BaseException:
       if layout.is_local(self.directory):
-        with contextlib.suppress(OSError):
-          _remove(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)
       raise
 
   def _older(self):
@@ -121,36 +111,99 @@ class Staging(NamedTuple):
         raise
 
 
-def fence(directory: str) -> None:
-  """Ends the saves of others: no step of theirs is committed from now on.
+def take_over(directory: str) -> int:
+  """Begins a run: none that began before commits anything from now on.
 
-  Also deletes what they have written, and what killed ones left.
+  Also deletes what these have written and not committed.
 
   Args:
     directory: of checkpoints; nothing is done where none can be renamed.
+
+  Returns:
+    The run's number.
+
+  Raises:
+    RuntimeError: if another run begins at the same time.
   """
   if not layout.is_local(directory):
-    return
+    return 0
+  os.makedirs(directory, exist_ok=True)
+  number = max(_taken(directory), default=0) + 1
+  path = _path(directory, number)
+  try:
+    path.mkdir()
+    (path / _OWNER).touch()
+  except (FileExistsError, FileNotFoundError) as error:
+    raise lost(directory) from error
+  # Who looks after this moment sees the number. It is not made anew after a
+  # failure: who was stopped before it would take over from its successors.
+  for other in _taken(directory):
+    if other > number:
+      raise lost(directory)
+    if other < number:
+      _remove(_path(directory, other))
+  for name in filter(_REMOVED.fullmatch, os.listdir(directory)):
+    shutil.rmtree(Path(directory, name), ignore_errors=True)
+  _numbers[directory] = number
+  return number
+
+
+def number_of_run(directory: str) -> int:
+  """The number of this process's run, which takes over if it has not yet.
+
+  Raises:
+    RuntimeError: if another run has taken over since.
+  """
+  number = _numbers.get(directory)
+  if number is not None and _is_held(directory, number):
+    return number
+  # Without any number there, the directory was removed.
+  if number is not None and _taken(directory):
+    raise lost(directory)
+  return take_over(directory)
+
+
+def lost(directory: str) -> RuntimeError:
+  """The error of a run whose place another one has taken."""
+  return RuntimeError(
+    f'another run took over {directory}: this one saves there no more. '
+    f'Checkpoints that were there still are.'
+  )
+
+
+def _path(directory, number):
+  return Path(directory, f'saving-{number}')
+
+
+def _is_held(directory, number):
+  try:  # To open a file asks the server of a network file system.
+    (_path(directory, number) / _OWNER).read_bytes()
+  except OSError as error:
+    if error.errno in (errno.ENOENT, errno.ESTALE):
+      return False
+    raise
+  return True
+
+
+def _taken(directory):
+  """The numbers of runs that have a place."""
   try:
     names = os.listdir(directory)
-  except (FileNotFoundError, NotADirectoryError):
-    return
-  for name in filter(_NAME.fullmatch, names):
-    _remove(Path(directory, name))
+  except FileNotFoundError:
+    return []
+  return [int(x[1]) for x in map(_SAVING.fullmatch, names) if x]
 
 
 def _remove(path):
-  """Makes all names in a directory void, in one moment, and deletes it."""
-  grave = path.with_name(_PREFIX + secrets.token_hex(8))
-  try:
+  """Makes the names in a run's directory void, in one moment; deletes it."""
+  grave = path.with_name(f'removed-{secrets.token_hex(8)}')
+  with contextlib.suppress(FileNotFoundError):  # Another one was faster.
     path.rename(grave)
-  except FileNotFoundError:
-    return  # Another one was faster.
-  # Clients of a network file system may know the directory by another name than
-  # its own. The owner's file goes first: without it nothing is committed that
-  # gets its name after the list is made.
+  # Clients of a network file system may know the directory by a handle. The
+  # owner's file goes first: without it nothing is committed that gets its name
+  # after the list is made.
   (grave / _OWNER).unlink(missing_ok=True)
-  for name in os.listdir(grave):
+  for step in list(grave.glob('*/*')):
     with contextlib.suppress(FileNotFoundError):
-      (grave / name).rename(grave / secrets.token_hex(8))
+      step.rename(step.with_name(secrets.token_hex(8)))
   shutil.rmtree(grave, ignore_errors=True)

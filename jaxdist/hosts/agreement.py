@@ -99,7 +99,7 @@ def from_first(what: str, function: Callable[[], Any]) -> Any:
     Its result, the same for all.
 
   Raises:
-    OSError: if it did; on all processes.
+    OSError, RuntimeError: if it did; on all processes.
     MissingProcessError: if another process does not call this in time.
   """
   if jax.process_count() == 1:
@@ -108,13 +108,27 @@ def from_first(what: str, function: Callable[[], Any]) -> Any:
   if jax.process_index() == 0:
     try:
       mine = {'result': function()}
-    except OSError as error:  # The others would wait for an answer.
-      mine = {'refused': (error.errno, error.strerror or str(error))}
+    except (OSError, RuntimeError) as error:
+      mine = {'refused': told(error)}  # The others would wait for an answer.
   everyone = range(jax.process_count())
   said = decide(what, mine, lambda said: said[0], everyone)
   if 'refused' in said:
-    raise OSError(*said['refused'])
+    raise heard(*said['refused'])
   return said['result']
+
+
+def told(error: BaseException) -> tuple[int | None, str]:
+  """An error as JSON: the system's number, if it has one, and words."""
+  number, words = (
+    getattr(error, 'errno', None),
+    getattr(error, 'strerror', None),
+  )
+  return number, words or str(error)
+
+
+def heard(number: int | None, words: str) -> Exception:
+  """The error that was told."""
+  return RuntimeError(words) if number is None else OSError(number, words)
 
 
 def sound_alarm(name: str) -> None:

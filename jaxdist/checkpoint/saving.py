@@ -312,9 +312,9 @@ def _finish(future, response, staging, keep, stack):
         staging.commit(keep)
     future.set_result(None)
   except BaseException as error:
+    future.set_exception(error)
     if jax.process_count() > 1:
       agreement.sound_alarm(staging.token)
-    future.set_exception(error)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ if holds != 'nowhere' and world.process == 0:
   os.rename = held
 saver = jd.Saver(folder, keep=1000)
 first = jd.latest_step(folder) or 0
+(out / f'{world.process}.first').write_text(str(first))
 if first:
   rows = jd.restore(folder, rows)
 for step in range(first + 1, first + steps + 1):

@@ -26,12 +26,7 @@ from jaxdist.checkpoint.layout import (
   system_numbers,
   without_pages,
 )
-from jaxdist.checkpoint.staging import (
-  Staging,
-  lost,
-  number_of_run,
-  take_over,
-)
+from jaxdist.checkpoint.staging import Run, Staging, current, lost, take_over
 from jaxdist.hosts import agreement
 from jaxdist.keys import is_key
 from jaxdist.resize import named_leaves
@@ -240,7 +235,7 @@ def _begin(directory, step, state, metadata, keep, copy):
   _check_json(metadata)
   arrays, leaves = _arrays_and_leaves(state)
   with _named_errors(directory, step):
-    newest, number, token = agreement.from_first(
+    newest, run, token = agreement.from_first(
       'a save', lambda: _place(directory)
     )
   if step <= newest:
@@ -249,7 +244,7 @@ def _begin(directory, step, state, metadata, keep, copy):
       f'{newest}, got {step}. To go on from an older one, remove those after '
       f'it or save elsewhere.'
     )
-  staging = Staging(directory, number, token, step)
+  staging = Staging(directory, Run(*run), token, step)
   with _named_errors(directory, step), contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       stack.enter_context(staging.removed_after_errors())
@@ -275,9 +270,9 @@ def _begin(directory, step, state, metadata, keep, copy):
 
 def _place(directory):
   """The newest step of a directory, and where a later one can be written."""
-  number = number_of_run(directory)
+  run = current(directory)
   newest = max(layout.checkpoints(directory), default=-1)
-  return newest, number, secrets.token_hex(8)
+  return newest, run, secrets.token_hex(8)
 
 
 def _write(staging, contents, keep, stack):

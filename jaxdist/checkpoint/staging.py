@@ -1,16 +1,17 @@
 """Where a step is written, and how a run that was given up loses that place.
 
 The run that saves in a directory has a number there, one more than the run
-before, and a directory ``saving-NUMBER`` with a file ``owner`` in it. Orbax
-writes below that, and renames the step's directory there once it is whole. Then
-the first process renames it to where it is found: that is the commit.
+before, and a directory ``saving-NUMBER``. A file ``owner`` in it holds a name
+of the run's own, since numbers begin anew where all is removed. Orbax writes
+below that, and renames the step's directory there once it is whole. Then the
+first process renames it to where it is found: that is the commit.
 
 A process that all had given up, stopped at any moment, may wake up beside its
 successors. These have taken the next number and then renamed its directory,
 before they looked what is there: either its step was committed by then, or what
 it goes on to do fails, since what it renames is not there any more. Where it
-makes the directory anew, there is no ``owner`` in it. What its successors write
-it never touches: their number is larger.
+makes the directory anew, it makes no ``owner``. What its successors write it
+never touches: their number is larger.
 """
 
 import contextlib
@@ -28,8 +29,22 @@ from jaxdist.checkpoint import layout
 _OWNER = 'owner'
 _SAVING = re.compile('saving-([0-9]+)')
 _REMOVED = re.compile('removed-[0-9a-f]{16}')
+
+
+class Run(NamedTuple):
+  """Who saves in a directory.
+
+  Attributes:
+    number: one more than that of the run before.
+    name: no other run's.
+  """
+
+  number: int
+  name: str
+
+
 # This process's, by directory.
-_numbers: dict[str, int] = {}
+_runs: dict[str, Run] = {}
 
 
 class Staging(NamedTuple):
@@ -37,20 +52,20 @@ class Staging(NamedTuple):
 
   Attributes:
     directory: that of the run's checkpoints.
-    number: the run's.
+    run: whose.
     token: no other save's.
     step: what is saved.
   """
 
   directory: str
-  number: int
+  run: Run
   token: str
   step: int
 
   @property
   def path(self) -> Path:
     """Which only this save uses."""
-    return _path(self.directory, self.number) / self.token
+    return _path(self.directory, self.run.number) / self.token
 
   @property
   def step_path(self) -> Path:
@@ -61,7 +76,7 @@ class Staging(NamedTuple):
   def is_lost(self) -> bool:
     """Whether another run has taken over."""
     return layout.is_local(self.directory) and not _is_held(
-      self.directory, self.number
+      self.directory, self.run
     )
 
   def commit(self, keep: int) -> None:
@@ -111,7 +126,7 @@ class Staging(NamedTuple):
         raise
 
 
-def take_over(directory: str) -> int:
+def take_over(directory: str) -> Run:
   """Begins a run: none that began before commits anything from now on.
 
   Also deletes what these have written and not committed.
@@ -120,19 +135,20 @@ def take_over(directory: str) -> int:
     directory: of checkpoints; nothing is done where none can be renamed.
 
   Returns:
-    The run's number.
+    The run.
 
   Raises:
     RuntimeError: if another run begins at the same time.
   """
   if not layout.is_local(directory):
-    return 0
+    return Run(0, '')
   os.makedirs(directory, exist_ok=True)
   number = max(_taken(directory), default=0) + 1
+  run = Run(number, secrets.token_hex(8))
   path = _path(directory, number)
   try:
     path.mkdir()
-    (path / _OWNER).touch()
+    (path / _OWNER).write_text(run.name)
   except (FileExistsError, FileNotFoundError) as error:
     raise lost(directory) from error
   # Who looks after this moment sees the number. It is not made anew after a
@@ -144,21 +160,21 @@ def take_over(directory: str) -> int:
       _remove(_path(directory, other))
   for name in filter(_REMOVED.fullmatch, os.listdir(directory)):
     shutil.rmtree(Path(directory, name), ignore_errors=True)
-  _numbers[directory] = number
-  return number
+  _runs[directory] = run
+  return run
 
 
-def number_of_run(directory: str) -> int:
-  """The number of this process's run, which takes over if it has not yet.
+def current(directory: str) -> Run:
+  """This process's run, which takes over if it has not yet.
 
   Raises:
     RuntimeError: if another run has taken over since.
   """
-  number = _numbers.get(directory)
-  if number is not None and _is_held(directory, number):
-    return number
+  run = _runs.get(directory)
+  if run is not None and _is_held(directory, run):
+    return run
   # Without any number there, the directory was removed.
-  if number is not None and _taken(directory):
+  if run is not None and _taken(directory):
     raise lost(directory)
   return take_over(directory)
 
@@ -175,14 +191,14 @@ def _path(directory, number):
   return Path(directory, f'saving-{number}')
 
 
-def _is_held(directory, number):
+def _is_held(directory, run):
   try:  # To open a file asks the server of a network file system.
-    (_path(directory, number) / _OWNER).read_bytes()
+    owner = (_path(directory, run.number) / _OWNER).read_text()
   except OSError as error:
     if error.errno in (errno.ENOENT, errno.ESTALE):
       return False
     raise
-  return True
+  return owner == run.name
 
 
 def _taken(directory):

@@ -1,10 +1,11 @@
 """All that differs between the supported versions of JAX, 0.10 to 0.12.
 
-Also all that JAX has and does not show.
+Also all that JAX and Python have and do not show.
 """
 
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +78,14 @@ def detect_cluster(
 def coordination_client() -> Any:
   """The client of the coordination service, which has a key-value store."""
   return distributed.global_state.client
+
+
+def before_threads_end(function: Callable[[], Any]) -> None:
+  """Calls a function when Python begins to exit.
+
+  ``atexit`` is later: when no thread can begin anything more.
+  """
+  threading._register_atexit(function)
 
 
 def set_gloo_host(host: str) -> None:

@@ -44,5 +44,4 @@ class Interrupt:
     leap = step != self.last + 1
     stop = leap and multihost_utils.reached_preemption_sync_point(self.last + 1)
     self.last = step
-    # Orbax asks about the same steps whenever it saves.
     return multihost_utils.reached_preemption_sync_point(step) or stop

@@ -197,6 +197,8 @@ def train(
   first = 0
   if folder:
     checkpoints = folder.checkpoints(name)
+    # First of all: a run that was given up saves nothing from here on.
+    saver = jd.Saver(checkpoints)
     first = jd.latest_step(checkpoints) or 0
     jd.assert_same(f'the checkpoints of {name}', {'step': first})
     if first:
@@ -236,7 +238,7 @@ def train(
       save = evaluated or stop
       folder.append(line, sync=save)
       if save:
-        folder.save(name, index + 1, state)
+        folder.save(saver, index + 1, state)
     if stop:
       break
   return run

@@ -213,10 +213,11 @@ class Folder:
         raise
       self._unwritten = []
 
-  def save(self, name: str, step: int, state: Any) -> None:
+  def save(self, saver: jd.Saver, step: int, state: Any) -> None:
     """Saves a checkpoint of a run."""
     with self._going_on():
-      jd.save(self.checkpoints(name), step, state)
+      saver.save(step, state)
+      saver.wait()
 
   @contextlib.contextmanager
   def _going_on(self) -> Iterator[None]:

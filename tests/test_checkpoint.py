@@ -239,7 +239,7 @@ def test_newest_checkpoints_are_kept(tmp_path):
   for step in (1, 5, 10, 20):
     jd.save(tmp_path, step, {'w': jnp.full(2, step)})
     assert jd.latest_step(tmp_path) == step
-  assert sorted(os.listdir(tmp_path)) == ['10', '20']
+  assert sorted(os.listdir(tmp_path)) == ['10', '20', 'saving-1']
   like = {'w': jnp.zeros(2, int)}
   assert jd.restore(tmp_path, like)['w'].tolist() == [20, 20]
   assert jd.restore(tmp_path, like, step=10)['w'].tolist() == [10, 10]
@@ -248,7 +248,7 @@ def test_newest_checkpoints_are_kept(tmp_path):
   ):
     jd.restore(tmp_path, like, step=5)
   jd.save(tmp_path, 30, {'w': jnp.full(2, 30)}, keep=1)
-  assert os.listdir(tmp_path) == ['30']
+  assert sorted(os.listdir(tmp_path)) == ['30', 'saving-1']
 
 
 @pytest.mark.parametrize('step', [10, 9])
@@ -379,7 +379,7 @@ def test_a_half_deleted_checkpoint_is_refused_and_removed(tmp_path):
   with pytest.raises(ValueError, match=r'1 was not written .*not whole'):
     jd.restore(tmp_path, {'w': jnp.ones(2)})
   jd.save(tmp_path, 2, {'w': jnp.ones(2)}, keep=1)
-  assert os.listdir(tmp_path) == ['2']
+  assert sorted(os.listdir(tmp_path)) == ['2', 'saving-1']
 
 
 def test_checkpoints_of_another_format_are_refused(tmp_path):
@@ -400,8 +400,12 @@ def test_checkpoints_of_another_format_are_refused(tmp_path):
 
 def test_what_a_killed_save_leaves_is_ignored_and_removed(tmp_path):
   jd.save(tmp_path, 1, {'w': jnp.ones(2)})
-  shutil.copytree(tmp_path / '1', tmp_path / '2.orbax-checkpoint-tmp')
+  left = tmp_path / 'saving-4' / 'abc'
+  shutil.copytree(tmp_path / '1', left / '2.orbax-checkpoint-tmp')
+  shutil.copytree(tmp_path / '1', left / '2')
+  (tmp_path / 'saving-x').mkdir()
   assert jd.latest_step(tmp_path) == 1
   jd.restore(tmp_path, {'w': jnp.ones(2)})
-  jd.save(tmp_path, 3, {'w': jnp.ones(2)})
-  assert sorted(os.listdir(tmp_path)) == ['1', '3']
+  with jd.Saver(tmp_path) as saver:
+    saver.save(3, {'w': jnp.ones(2)})
+  assert sorted(os.listdir(tmp_path)) == ['1', '3', 'saving-5', 'saving-x']

@@ -83,7 +83,7 @@ def test_a_full_disk_is_named_and_training_can_go_on(tmp_path, capfd, caplog):
     jd.restore(tmp_path, noise(0))['w'], noise(1)['w']
   )
   jd.save(tmp_path, 2, noise(2))
-  assert sorted(os.listdir(tmp_path)) == ['1', '2']
+  assert sorted(os.listdir(tmp_path)) == ['1', '2', 'saving-1']
 
 
 def test_a_saver_raises_at_the_next_call(tmp_path):
@@ -97,7 +97,7 @@ def test_a_saver_raises_at_the_next_call(tmp_path):
   saver.wait()  # Once is enough.
   saver.save(3, noise(3))
   saver.wait()
-  assert sorted(os.listdir(tmp_path)) == ['1', '3']
+  assert sorted(os.listdir(tmp_path)) == ['1', '3', 'saving-1']
   with small_files(), pytest.raises(OSError, match='step 4 was not saved'):  # noqa: SIM117
     with jd.Saver(tmp_path) as saver:
       saver.save(4, noise(4))
@@ -191,7 +191,8 @@ def check_killed_saves(directory, trials, seed):
       assert all((x == newest).all() for x in jax.tree.leaves(restored))
       jd.save(path, newest + 1, restored, keep=keep)
       kept = range(newest + 2 - keep, newest + 2)
-      assert sorted(map(int, os.listdir(path))) == list(kept)
+      names = [*map(str, kept), 'saving-2']
+      assert sorted(os.listdir(path)) == sorted(names)
   finally:
     for saver in savers:
       saver.kill()
@@ -230,10 +231,12 @@ jd.assert_in_sync(state)
 jd.save(directory, 1, state)
 with jd.Saver(directory) as saver:
   saver.save(2, state)
-from jaxdist.checkpoint import loading
+from jaxdist.checkpoint import layout
+lists = layout.checkpoints
 if rank == '1':
-  loading.checkpoints = lambda _: {}  # As a network file system may list it.
+  layout.checkpoints = lambda _: {}  # As a network file system may list it.
 restored = jd.restore(directory, state)
+layout.checkpoints = lists
 jax.tree.map(lambda x, y: np.testing.assert_array_equal(
   *(jax.experimental.multihost_utils.process_allgather(z, tiled=True)
     for z in (x, y))), state, restored)
@@ -277,6 +280,30 @@ print('back at', jd.latest_step(directory))
 print(*[x.message for x in caught
         if x.category is jd.CorruptCheckpointWarning])
 assert back['e'].value.sharding == state['e'].value.sharding
+
+# What the first process cannot do, all hear of at once, and can go on.
+import os, pathlib, time
+rename = os.rename
+def refused(source, target):
+  if '-tmp' in str(source):
+    raise OSError(5, 'Input/output error')
+  rename(source, target)
+if rank == '0':
+  os.rename = refused
+began = time.monotonic()
+try:
+  jd.save(directory, 3, state)
+except OSError as error:
+  print('refused:', error, time.monotonic() - began < 20)
+os.rename = rename
+jd.save(directory, 4, state, keep=1)
+print('saved', sorted(os.listdir(directory)), flush=True)
+# A thread of Orbax still waits for the first one, for minutes.
+ended = pathlib.Path(directory + '.ended')
+while rank == '0' and not ended.exists():
+  time.sleep(0.01)
+ended.touch()
+os._exit(0)
 """
 
 
@@ -293,12 +320,14 @@ def test_two_processes(tmp_path):
   assert [rank.returncode for rank in ranks] == [0, 0]
   for output in outputs:
     assert 'back at 1' in output
+    assert re.search('refused: .*step 3 was not .*: Input.* True', output)
     assert re.search(r"/2 is damaged: \['e'\]\[2:3.* Restored step 1", output)
     found = [line for line in output.splitlines() if line.startswith('found:')]
     differs, other_tree = found
     assert differs.startswith("found: ['w'] is out of sync")
     assert differs.endswith('the two are on other processes.')
     assert other_tree.startswith('found: processes [1] hold a tree of other')
+  assert "saved ['2.damaged', '4', 'saving-2']" in outputs[0]
   # One process reads what two have written, for another number of workers.
   like = {'w': jnp.zeros((4, 2)), 'e': jd.PerWorker(jnp.zeros((2, 2))), 'n': 0}
   restored = jd.restore(tmp_path, like)

@@ -92,7 +92,17 @@ def checkpoint_metadata(
 def absolute(directory: str | os.PathLike) -> str:
   """The directory as Orbax wants it."""
   directory = os.fspath(directory)
-  return directory if '://' in directory else os.path.abspath(directory)
+  return os.path.abspath(directory) if is_local(directory) else directory
+
+
+def is_local(directory: str) -> bool:
+  """Whether it is of a file system, and not of a store of objects."""
+  return '://' not in directory
+
+
+def step_name(step: int) -> str:
+  """The name of a checkpoint's directory."""
+  return ocp.path.step.standard_name_format().build_name(step)
 
 
 def checkpoints(directory: str | os.PathLike) -> dict[int, Any]:
@@ -112,26 +122,17 @@ def listed(directory: str | os.PathLike) -> dict[int, Any]:
   """
   if jax.process_count() == 1:
     return checkpoints(directory)
-  mine = None
-  if jax.process_index() == 0:
-    try:
-      mine = {'steps': sorted(checkpoints(directory))}
-    except OSError as error:  # The others would wait for an answer.
-      mine = {'refused': (error.errno, error.strerror or str(error))}
-  said = agreement.decide(
-    'a list of checkpoints',
-    mine,
-    lambda said: said[0],
-    range(jax.process_count()),
-  )
-  if 'refused' in said:
-    number, words = said['refused']
-    raise OSError(
-      number, f'process 0 cannot list {absolute(directory)}: {words}.'
+  try:
+    steps = agreement.from_first(
+      'a list of checkpoints', lambda: sorted(checkpoints(directory))
     )
-  name = ocp.path.step.standard_name_format().build_name
+  except OSError as error:
+    raise OSError(
+      error.errno,
+      f'process 0 cannot list {absolute(directory)}: {error.strerror}.',
+    ) from error
   root = ocp.path.Path(absolute(directory))
-  return {step: root / name(step) for step in said['steps']}
+  return {step: root / step_name(step) for step in steps}
 
 
 def check_there(
@@ -152,6 +153,8 @@ def context() -> ocp.Context:
   """How Orbax is to save and load."""
   context = ocp.Context()
   context.pytree.loading.partial_load = True
+  # What cannot be made in a thread would be waited for in others.
+  context.asynchronous.create_directories_asynchronously = False
   # By itself Orbax takes a dict of numbers and strings for a tree of arrays.
   registry = ocp.handlers.local_registry()
   registry.add(ocp.handlers.JsonHandler, checkpointable_name=RECORD)

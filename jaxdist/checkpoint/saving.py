@@ -4,6 +4,9 @@ import contextlib
 import json
 import operator
 import os
+import secrets
+import threading
+from concurrent import futures
 from typing import Any, NamedTuple, SupportsIndex
 
 import jax
@@ -11,22 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxdist.checkpoint import integrity
+from jaxdist import compat
+from jaxdist.checkpoint import integrity, layout
 from jaxdist.checkpoint.layout import (
   ARRAYS,
   RECORD,
   absolute,
   context,
-  listed,
+  is_local,
   make_record,
   system_numbers,
   without_pages,
 )
+from jaxdist.checkpoint.staging import Run, Staging, current, lost, take_over
+from jaxdist.hosts import agreement
 from jaxdist.keys import is_key
 from jaxdist.resize import named_leaves
 
 # Orbax refuses to save a state of no arrays.
 _NO_ARRAYS = {'(none)': np.zeros((), np.int8)}
+_POLL_SECONDS = 0.05
+_MOST_POLL_SECONDS = 1.0
 
 
 def save(
@@ -44,14 +52,21 @@ def save(
   earlier.
 
   A process that is killed at any moment leaves the step whole or leaves it out:
-  it is written under a temporary name and renamed at the end. Temporary
-  directories of saves that did not end are removed by the next one. In a run of
-  several processes all of them must call it, with the same arguments and a
+  it is written in a directory ``saving-...`` and renamed at the end. In a run
+  of several processes all of them must call it, with the same arguments and a
   directory that all can reach.
+
+  One run at a time saves in a directory, the one that was the last to take it
+  over, which is done by its first save or by its :class:`Saver`. From then on
+  the saves of others fail, also those of a process that was given up, stopped,
+  and wakes up later, and what they have not committed is removed.
 
   Args:
     directory: where the checkpoints of one run lie, each in a directory named
-      by its step. Made if it is not there.
+      by its step. Made if it is not there. On a network file system renaming
+      must be atomic, as it is with NFS. In a store of objects (``gs://``)
+      nothing can be renamed: Orbax commits in its own way there, and another
+      run's saves are not ended.
     step: training steps so far; larger than that of any checkpoint there.
     state: any pytree of arrays: JAX or NumPy arrays, typed PRNG keys, Python
       numbers. Per-worker leaves have a leading worker axis, as they do outside
@@ -61,11 +76,13 @@ def save(
       deleted after this one is committed.
 
   Raises:
-    ValueError: if ``step`` is not larger than the newest there, or another run
-      saves it at the same time, ``keep`` is less than 1, ``metadata`` is not
-      JSON, or a leaf is no array, was donated, is traced, or is per worker and
-      of another number of workers than the others.
-    OSError: if the file system refuses: no space left, read-only.
+    ValueError: if ``step`` is not larger than the newest there, ``keep`` is
+      less than 1, ``metadata`` is not JSON, or a leaf is no array, was donated,
+      is traced, or is per worker and of another number of workers than the
+      others.
+    OSError: if the file system refuses: no space left, read-only. If it refuses
+      one process, all raise.
+    RuntimeError: if another run took over the directory.
     MissingProcessError: if another process does not call this in time.
 
   Examples:
@@ -93,8 +110,11 @@ class Saver:
   wrong there (no space, say) is raised by the next :meth:`save`, by
   :meth:`wait`, or at the end of the ``with`` block, once.
 
-  One saver at a time may write to a directory. In a run of several processes
-  each has one, and all call it alike.
+  A saver takes over its directory when it is made; see :func:`save`. Made
+  before :func:`latest_step` and :func:`restore` are called, it makes sure that
+  no run that was given up commits a step after that. In a run of several
+  processes each has one, made after :func:`jaxdist.initialize`, and all call it
+  alike.
 
   Args:
     directory: see :func:`save`.
@@ -102,6 +122,9 @@ class Saver:
 
   Raises:
     ValueError: if ``keep`` is less than 1.
+    OSError: if the file system refuses to take it over.
+    RuntimeError: if another run takes it over at the same time.
+    MissingProcessError: if another process does not make one in time.
 
   Examples:
     >>> import tempfile
@@ -116,9 +139,10 @@ class Saver:
 
   def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
     _check_keep(keep)
-    self._directory = directory
+    self._directory = absolute(directory)
     self._keep = keep
     self._pending = None
+    agreement.from_first('a Saver', lambda: take_over(self._directory))
 
   def save(
     self,
@@ -138,29 +162,67 @@ class Saver:
 
     Raises:
       OSError: if the last state could not be written.
+      RuntimeError: if another run took over the directory.
     """
-    pending, self._pending = self._pending, None
-    if pending is not None:
+    if pending := self._taken():
       pending.wait()
+
+  def _taken(self):
+    pending, self._pending = self._pending, None
+    return pending
 
   def __enter__(self) -> 'Saver':
     return self
 
   def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-    self.wait()
+    if error is None:
+      self.wait()
+    # Others may not be here.
+    elif (pending := self._taken()) and (unsaved := pending.end()):
+      raise unsaved
 
 
 class _Pending(NamedTuple):
   """A save that has begun."""
 
-  checkpointer: ocp.training.Checkpointer
-  response: Any
-  errors: contextlib.ExitStack
+  future: futures.Future
+  token: str
+
+  def end(self) -> BaseException | None:
+    """Waits for what this process does, unless another one fails."""
+    pause = _POLL_SECONDS if jax.process_count() > 1 else None
+    while not futures.wait([self.future], pause).done:
+      if agreement.hears_alarm(self.token):
+        break
+      pause = min(2 * pause, _MOST_POLL_SECONDS)
+    _begun.discard(self)
+    return self.future.exception() if self.future.done() else None
 
   def wait(self) -> None:
-    """Returns once it is committed, or raises."""
-    with self.errors, self.checkpointer:
-      self.response.result()
+    """Returns once it is committed, or raises: alike on all processes."""
+    error = self.end()
+    if jax.process_count() > 1:
+      first = agreement.decide(
+        'the end of a save',
+        error and [jax.process_index(), *agreement.told(error)],
+        lambda said: next(filter(None, said.values()), None),
+        range(jax.process_count()),
+      )
+      if first and error is None:
+        rank, number, words = first
+        error = agreement.heard(number, f'process {rank}: {words}')
+    if error is not None:
+      raise error
+
+
+_begun: set[_Pending] = set()
+
+
+@compat.before_threads_end
+def _end_what_nobody_waited_for():
+  for pending in list(_begun):
+    if error := pending.end():
+      raise error
 
 
 def _begin(directory, step, state, metadata, keep, copy):
@@ -172,36 +234,82 @@ def _begin(directory, step, state, metadata, keep, copy):
   metadata = {} if metadata is None else metadata
   _check_json(metadata)
   arrays, leaves = _arrays_and_leaves(state)
-  newest = max(listed(directory), default=None)
-  if newest is not None and step <= newest:
+  with _named_errors(directory, step):
+    newest, run, token = agreement.from_first(
+      'a save', lambda: _place(directory)
+    )
+  if step <= newest:
     raise ValueError(
       f'step must be larger than that of the newest checkpoint in {directory}, '
       f'{newest}, got {step}. To go on from an older one, remove those after '
       f'it or save elsewhere.'
     )
-  if copy:
-    arrays = {name: copied(x) for name, x in arrays.items()}
-  seals = integrity.seal(arrays)
-  for leaf in leaves:
-    if leaf['path'] in seals:
-      leaf.update(seals[leaf['path']]._asdict())
-  contents = {
-    ARRAYS: arrays or _NO_ARRAYS,
-    RECORD: make_record(leaves, metadata),
-  }
-  with contextlib.ExitStack() as errors:
-    errors.enter_context(_named_errors(directory, step))
-    errors.enter_context(without_pages())
-    checkpointer = ocp.training.Checkpointer(
-      directory,
+  staging = Staging(directory, Run(*run), token, step)
+  with _named_errors(directory, step), contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(staging.removed_after_errors())
+    stack.enter_context(without_pages())
+    if copy:
+      arrays = {name: copied(x) for name, x in arrays.items()}
+    seals = integrity.seal(arrays)
+    for leaf in leaves:
+      if leaf['path'] in seals:
+        leaf.update(seals[leaf['path']]._asdict())
+    contents = {
+      ARRAYS: arrays or _NO_ARRAYS,
+      RECORD: make_record(leaves, metadata),
+    }
+    response = _write(staging, contents, keep, stack)
+    pending = _Pending(futures.Future(), token)
+    work = (pending.future, response, staging, keep, stack.pop_all())
+    # Where another process fails, this one may be given up.
+    threading.Thread(target=_finish, args=work, daemon=True).start()
+    _begun.add(pending)
+    return pending
+
+
+def _place(directory):
+  """The newest step of a directory, and where a later one can be written."""
+  run = current(directory)
+  newest = max(layout.checkpoints(directory), default=-1)
+  return newest, run, secrets.token_hex(8)
+
+
+def _write(staging, contents, keep, stack):
+  """Lets Orbax begin to write."""
+  if is_local(staging.directory):
+    with context():
+      return ocp.save_checkpointables_async(staging.step_path, contents)
+  checkpointer = stack.enter_context(
+    ocp.training.Checkpointer(
+      staging.directory,
       context=context(),
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
       cleanup_tmp_directories=True,
     )
-    response = checkpointer.save_checkpointables_async(
-      step, contents, force=True
-    )
-    return _Pending(checkpointer, response, errors.pop_all())
+  )
+  return checkpointer.save_checkpointables_async(
+    staging.step, contents, force=True
+  )
+
+
+def _finish(future, response, staging, keep, stack):
+  """Commits what Orbax has written; in a thread."""
+  try:
+    with _named_errors(staging.directory, staging.step), stack:
+      try:
+        response.result()
+      except Exception as error:
+        if staging.is_lost:
+          raise lost(staging.directory) from error
+        raise
+      if jax.process_index() == 0:
+        staging.commit(keep)
+    future.set_result(None)
+  except BaseException as error:
+    future.set_exception(error)
+    if jax.process_count() > 1:
+      agreement.sound_alarm(staging.token)
 
 
 @contextlib.contextmanager
@@ -209,12 +317,6 @@ def _named_errors(directory, step):
   """Says what could not be saved, where the file system refused something."""
   try:
     yield
-  except ocp.training.errors.StepAlreadyExistsError as error:
-    # It was not when this save began. A process that all had given up may have
-    # woken up at the very end of a save.
-    raise ValueError(
-      f'step {step} is in {directory} by now: another run saves there too.'
-    ) from error
   except (OSError, ValueError) as error:
     number = next(iter(system_numbers(error)), getattr(error, 'errno', None))
     if number is None:

@@ -43,11 +43,12 @@ class Anchor:
     self._state = {'params': start, 'outer': outer.init(start)}
     self.first, self._unsaved, self._saver = 0, 0, None
     if directory is not None:
+      # First of all: who was given up saves nothing from here on.
+      self._saver = Saver(directory)
       if latest_step(directory) is not None:
         self._state = restore(directory, self._state)
         # An older one, if the newest was damaged.
         self.first = latest_step(directory)
-      self._saver = Saver(directory)
 
   @property
   def params(self) -> optax.Params:

@@ -5,6 +5,7 @@ that a question can be asked before any of these is trusted.
 """
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -83,6 +84,67 @@ def decide(
   if 'missing' in verdict:
     raise MissingProcessError(verdict['missing'])
   return verdict['verdict']
+
+
+def from_first(what: str, function: Callable[[], Any]) -> Any:
+  """What a function returns on the first process, which alone calls it.
+
+  **On the wire:** the result, from the first process to all others.
+
+  Args:
+    what: see :func:`decide`.
+    function: returns JSON.
+
+  Returns:
+    Its result, the same for all.
+
+  Raises:
+    OSError, RuntimeError: if it did; on all processes.
+    MissingProcessError: if another process does not call this in time.
+  """
+  if jax.process_count() == 1:
+    return function()
+  mine = None
+  if jax.process_index() == 0:
+    try:
+      mine = {'result': function()}
+    except (OSError, RuntimeError) as error:
+      mine = {'refused': told(error)}  # The others would wait for an answer.
+  everyone = range(jax.process_count())
+  said = decide(what, mine, lambda said: said[0], everyone)
+  if 'refused' in said:
+    raise heard(*said['refused'])
+  return said['result']
+
+
+def told(error: BaseException) -> tuple[int | None, str]:
+  """An error as JSON: the system's number, if it has one, and words."""
+  number, words = (
+    getattr(error, 'errno', None),
+    getattr(error, 'strerror', None),
+  )
+  return number, words or str(error)
+
+
+def heard(number: int | None, words: str) -> Exception:
+  """The error that was told."""
+  return RuntimeError(words) if number is None else OSError(number, words)
+
+
+def sound_alarm(name: str) -> None:
+  """Tells all processes that something of this name went wrong here."""
+  client = compat.coordination_client()
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    client.key_value_set(f'jaxdist/alarm/{name}/{jax.process_index()}', '')
+
+
+def hears_alarm(name: str) -> bool:
+  """Whether something of this name went wrong on any process."""
+  client = compat.coordination_client()
+  # Where the service is gone, nobody can tell.
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    return bool(client.key_value_dir_get(f'jaxdist/alarm/{name}/'))
+  return True
 
 
 def _collect(client, folder, what, rule, among):

@@ -47,10 +47,14 @@ def check(processes, out):
     assert f'on {noun} {others} and ' in message, message
     assert message.endswith(f'on process {last}.'), message
   for result in results.values():
-    for name in ('restore', 'save'):
+    refused = {
+      'restore': f'process 0 cannot list {out}: Permission denied.',
+      'save': f'step 1 was not saved in {out}: Permission denied.',
+    }
+    for name, words in refused.items():
       kind, message, took = result['errors'][name]
       assert kind == 'PermissionError' and took < 5
-      assert f'process 0 cannot list {out}: Permission denied.' in message
+      assert words in message
     kind, message, took = result['errors']['missing']
     assert kind == 'MissingProcessError'
     assert f'processes [{last}] did not come to a late fact' in message

@@ -412,6 +412,7 @@ def test_a_full_disk_stops_training_or_not_as_asked(tmp_path):
   lines = [{'run': 'dense', 'step': step + 1} for step in range(40)]
   folder = record.Folder(tmp_path, keep_going=True)
   state = {'w': np.random.default_rng(0).normal(size=1000)}
+  saver = jd.Saver(folder.checkpoints('dense'))
   for line in lines[:20]:
     folder.append(line, sync=False)
   resource.setrlimit(resource.RLIMIT_FSIZE, (590, before[1]))
@@ -420,15 +421,15 @@ def test_a_full_disk_stops_training_or_not_as_asked(tmp_path):
       with pytest.warns(UserWarning, match=r'File too large.* goes on\.'):
         folder.append(line, sync=True)
     with pytest.warns(UserWarning, match=r'step 30 was not saved .* goes on\.'):
-      folder.save('dense', 30, state)
+      folder.save(saver, 30, state)
     assert folder.load_lines() == lines[:20]
     with pytest.raises(OSError, match='step 30 was not saved'):
-      record.Folder(tmp_path).save('dense', 30, state)
+      record.Folder(tmp_path).save(saver, 30, state)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   for line in lines[30:]:
     folder.append(line, sync=True)
-  folder.save('dense', 40, state)
+  folder.save(saver, 40, state)
   assert folder.load_lines() == lines
   assert jd.latest_step(folder.checkpoints('dense')) == 40
 

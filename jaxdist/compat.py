@@ -80,12 +80,13 @@ def coordination_client() -> Any:
   return distributed.global_state.client
 
 
-def before_threads_end(function: Callable[[], Any]) -> None:
+def before_threads_end(function: Callable[[], Any]) -> Callable[[], Any]:
   """Calls a function when Python begins to exit.
 
   ``atexit`` is later: when no thread can begin anything more.
   """
   threading._register_atexit(function)
+  return function
 
 
 def set_gloo_host(host: str) -> None:
@@ -98,27 +99,24 @@ def set_gloo_host(host: str) -> None:
   )
 
 
-def cuda_devices(library: str, **options: str) -> list[Any]:
+def cuda_devices(library: Callable[[], str], **options: str) -> list[Any]:
   """GPUs that only compile, from XLA's compiler for them.
 
-  JAX itself asks for it where it finds GPUs only.
+  It is JAX's own where JAX has one, and else that of a library, which is asked
+  for once: no other one can be loaded after it.
   """
-  jax.devices()  # If JAX loads it, then now: it cannot be loaded twice.
+  jax.devices()  # JAX loads its own now, or not at all.
   if not xla_client.pjrt_plugin_loaded('cuda'):
-    _own_cuda_compiler(library)
+    _loaded.append(xla_client.load_pjrt_plugin_dynamically('cuda', library()))
   if not xla_client.pjrt_plugin_initialized('cuda'):
     xla_client.initialize_pjrt_plugin('cuda')
-  if _own_cuda_compiler.cache_info().currsize:
-    described = xla_client.make_c_api_device_topology(
-      _own_cuda_compiler(library), '', **options
-    )
-    return described._make_compile_only_devices()
-  return topologies.get_topology_desc('', 'cuda', **options).devices
+  if not _loaded:
+    return topologies.get_topology_desc('', 'cuda', **options).devices
+  described = xla_client.make_c_api_device_topology(_loaded[0], '', **options)
+  return described._make_compile_only_devices()
 
 
-@functools.cache
-def _own_cuda_compiler(library):
-  return xla_client.load_pjrt_plugin_dynamically('cuda', library)
+_loaded: list[Any] = []
 
 
 def only_compiles(device: Any) -> bool:

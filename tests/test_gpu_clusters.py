@@ -210,9 +210,9 @@ def test_how_many_gpus_must_be_said(topology):
 def test_without_the_compiler(monkeypatch, tmp_path):
   monkeypatch.setenv(gpus.FOLDER, str(tmp_path))
   with pytest.raises(ImportError, match=r'pip install .* jax-cuda13-pjrt=='):
-    jd.topology_mesh('h100:8', {'data': 8})
+    gpus.compiler('h100:8')
   folder = tmp_path / 'jax_cuda13_pjrt-0.9.0.dist-info'
   folder.mkdir()
   (folder / 'METADATA').write_text('Name: jax-cuda13-pjrt\nVersion: 0.9.0\n')
   with pytest.raises(ImportError, match=r'same version as jaxlib, .* got 0\.9'):
-    jd.topology_mesh('h100:8', {'data': 8})
+    gpus.compiler('h100:8')

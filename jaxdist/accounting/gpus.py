@@ -111,7 +111,7 @@ def gpu_devices(topology: str, hosts: int) -> list[Any]:
       f" 'h100:8', got {topology!r}."
     )
   return compat.cuda_devices(
-    compiler(topology),
+    lambda: compiler(topology),
     target_config=GPUS[name].target_config(),
     topology=f'1x{hosts}x{count}',
   )

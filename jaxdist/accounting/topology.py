@@ -51,7 +51,8 @@ def topology_mesh(
   Programs can be compiled for it on any x86-64 Linux machine, none can run.
   Chips are numbered as on the real pods: the first axes go over slices, and
   inside a slice the last axes over neighbours. **On the wire:** nothing; with
-  :func:`jaxdist.traffic` it tells what a step will send.
+  :func:`jaxdist.traffic` it tells what a step will send. For GPUs JAX's own
+  devices are found first, as by ``jax.devices()``.
 
   Args:
     topology: of TPUs, generation and chips along each side of one slice, such
@@ -206,9 +207,12 @@ def slice_of(device: Any) -> int:
   Processes on one host share the ``slice_index`` of their GPUs; GPUs that only
   compile have none worth the name, and a process for each host.
   """
-  if device.platform == 'gpu' and compat.only_compiles(device):
+  number = getattr(device, 'slice_index', None)
+  if device.platform == 'gpu' and (
+    number is None or compat.only_compiles(device)
+  ):
     return device.process_index
-  return getattr(device, 'slice_index', None) or 0
+  return number or 0
 
 
 def _within_slice(

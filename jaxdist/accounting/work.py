@@ -142,7 +142,8 @@ class Estimate:
       return flops, 2 * written
     operands = computation.operands(instruction)
     if opcode in _WRITES_A_PART:
-      return flops, 2 * _num_bytes(operands[_WRITES_A_PART[opcode]])
+      part = operands[_WRITES_A_PART[opcode]]
+      return flops, _num_bytes(part) + sum(map(_num_bytes, operands[1:]))
     return flops, written + sum(map(_num_bytes, operands))
 
   def _fused_flops(self, fusion: hlo.Instruction) -> float:

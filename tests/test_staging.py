@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxdist as jd
-from jaxdist.checkpoint import saving, staging
+from jaxdist.checkpoint import pending, saving, staging
 
 
 def state(step):
@@ -155,6 +155,56 @@ def test_a_directory_may_be_removed(tmp_path):
   shutil.rmtree(tmp_path / 'run')
   jd.save(tmp_path / 'run', 1, state(1))
   check(tmp_path / 'run', 1)
+
+
+def test_a_directory_may_be_removed_during_a_save(tmp_path, monkeypatch):
+  """Orbax makes the place anew; that is nobody's."""
+  directory = tmp_path / 'run'
+  seal = saving.integrity.seal
+
+  def seal_late(arrays):
+    monkeypatch.undo()
+    shutil.rmtree(directory)
+    return seal(arrays)
+
+  monkeypatch.setattr(saving.integrity, 'seal', seal_late)
+  with pytest.raises(RuntimeError, match=TAKEN_OVER):
+    jd.save(directory, 1, state(1))
+  jd.save(directory, 1, state(1))
+  check(directory, 1)
+
+
+def test_older_steps_that_cannot_be_removed(tmp_path, monkeypatch):
+  def refuse(source, target):
+    if Path(source) == tmp_path / '1':
+      raise OSError(errno.EPERM, 'Operation not permitted')
+    rename(source, target)
+
+  jd.save(tmp_path, 1, state(1))
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'rename', refuse)
+    with pytest.raises(
+      RuntimeError, match=r'step 2 is saved in .* remain: Operation not'
+    ):
+      jd.save(tmp_path, 2, state(2), keep=1)
+  check(tmp_path, 1, 2)
+  jd.save(tmp_path, 3, state(3), keep=1)
+  check(tmp_path, 3)
+
+
+def test_at_the_end_all_saves_are_finished(tmp_path, monkeypatch, capsys):
+  def refuse(source, target):
+    if Path(target) == tmp_path / '0' / '1':
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    rename(source, target)
+
+  monkeypatch.setattr(os, 'rename', refuse)
+  for name in '012':
+    jd.Saver(tmp_path / name).save(1, state(1))
+  pending._end_what_nobody_waited_for()
+  assert 'step 1 was not saved in' in capsys.readouterr().err
+  for name, steps in zip('012', ([], [1], [1]), strict=True):
+    check(tmp_path / name, *steps)
 
 
 def test_readers_end_nothing(tmp_path, monkeypatch):

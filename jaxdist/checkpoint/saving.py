@@ -7,14 +7,13 @@ import os
 import secrets
 import threading
 from concurrent import futures
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxdist import compat
 from jaxdist.checkpoint import integrity, layout
 from jaxdist.checkpoint.layout import (
   ARRAYS,
@@ -23,18 +22,22 @@ from jaxdist.checkpoint.layout import (
   context,
   is_local,
   make_record,
-  system_numbers,
   without_pages,
 )
-from jaxdist.checkpoint.staging import Run, Staging, current, lost, take_over
+from jaxdist.checkpoint.pending import (
+  Pending,
+  begun,
+  fail,
+  finish,
+  named_errors,
+)
+from jaxdist.checkpoint.staging import Run, Staging, current, take_over
 from jaxdist.hosts import agreement
 from jaxdist.keys import is_key
 from jaxdist.resize import named_leaves
 
 # Orbax refuses to save a state of no arrays.
 _NO_ARRAYS = {'(none)': np.zeros((), np.int8)}
-_POLL_SECONDS = 0.05
-_MOST_POLL_SECONDS = 1.0
 
 
 def save(
@@ -57,9 +60,10 @@ def save(
   directory that all can reach.
 
   One run at a time saves in a directory, the one that was the last to take it
-  over, which is done by its first save or by its :class:`Saver`. From then on
-  the saves of others fail, also those of a process that was given up, stopped,
-  and wakes up later, and what they have not committed is removed.
+  over, which is done by its first save or by its :class:`Saver`; all that a
+  process saves there is of one run. From then on the saves of other runs fail,
+  also those of a process that was given up, stopped, and wakes up later, and
+  what they have not committed is removed.
 
   Args:
     directory: where the checkpoints of one run lie, each in a directory named
@@ -82,8 +86,11 @@ def save(
       others.
     OSError: if the file system refuses: no space left, read-only. If it refuses
       one process, all raise.
-    RuntimeError: if another run took over the directory.
-    MissingProcessError: if another process does not call this in time.
+    RuntimeError: if another run took over the directory, or the step was saved
+      and older ones than ``keep`` cannot be removed.
+    MissingProcessError: if another process does not call this in time. After
+      this, or another error in a run of several processes, a thread of Orbax
+      may keep the process from ending for up to 300 s.
 
   Examples:
     >>> import tempfile
@@ -182,49 +189,6 @@ class Saver:
       raise unsaved
 
 
-class _Pending(NamedTuple):
-  """A save that has begun."""
-
-  future: futures.Future
-  token: str
-
-  def end(self) -> BaseException | None:
-    """Waits for what this process does, unless another one fails."""
-    pause = _POLL_SECONDS if jax.process_count() > 1 else None
-    while not futures.wait([self.future], pause).done:
-      if agreement.hears_alarm(self.token):
-        break
-      pause = min(2 * pause, _MOST_POLL_SECONDS)
-    _begun.discard(self)
-    return self.future.exception() if self.future.done() else None
-
-  def wait(self) -> None:
-    """Returns once it is committed, or raises: alike on all processes."""
-    error = self.end()
-    if jax.process_count() > 1:
-      first = agreement.decide(
-        'the end of a save',
-        error and [jax.process_index(), *agreement.told(error)],
-        lambda said: next(filter(None, said.values()), None),
-        range(jax.process_count()),
-      )
-      if first and error is None:
-        rank, number, words = first
-        error = agreement.heard(number, f'process {rank}: {words}')
-    if error is not None:
-      raise error
-
-
-_begun: set[_Pending] = set()
-
-
-@compat.before_threads_end
-def _end_what_nobody_waited_for():
-  for pending in list(_begun):
-    if error := pending.end():
-      raise error
-
-
 def _begin(directory, step, state, metadata, keep, copy):
   directory = absolute(directory)
   step = operator.index(step)
@@ -234,7 +198,7 @@ def _begin(directory, step, state, metadata, keep, copy):
   metadata = {} if metadata is None else metadata
   _check_json(metadata)
   arrays, leaves = _arrays_and_leaves(state)
-  with _named_errors(directory, step):
+  with named_errors(directory, step):
     newest, run, token = agreement.from_first(
       'a save', lambda: _place(directory)
     )
@@ -245,7 +209,31 @@ def _begin(directory, step, state, metadata, keep, copy):
       f'it or save elsewhere.'
     )
   staging = Staging(directory, Run(*run), token, step)
-  with _named_errors(directory, step), contextlib.ExitStack() as stack:
+  future = futures.Future()
+  try:
+    work = _prepare(staging, arrays, leaves, metadata, keep, copy)
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    work = ()
+    fail(future, token, error)
+  # Where another process fails, this one may be given up.
+  thread = threading.Thread(
+    target=finish, args=(future, staging, keep, *work), daemon=True
+  )
+  pending = Pending(future, thread, token)
+  if work:
+    begun.add(pending)
+    thread.start()
+  return pending
+
+
+def _prepare(staging, arrays, leaves, metadata, keep, copy):
+  """Orbax's answer, once it has begun, and what is to be left at its end."""
+  with (
+    named_errors(staging.directory, staging.step),
+    contextlib.ExitStack() as stack,
+  ):
     if jax.process_index() == 0:
       stack.enter_context(staging.removed_after_errors())
     stack.enter_context(without_pages())
@@ -260,12 +248,7 @@ def _begin(directory, step, state, metadata, keep, copy):
       RECORD: make_record(leaves, metadata),
     }
     response = _write(staging, contents, keep, stack)
-    pending = _Pending(futures.Future(), token)
-    work = (pending.future, response, staging, keep, stack.pop_all())
-    # Where another process fails, this one may be given up.
-    threading.Thread(target=_finish, args=work, daemon=True).start()
-    _begun.add(pending)
-    return pending
+    return response, stack.pop_all()
 
 
 def _place(directory):
@@ -291,41 +274,6 @@ def _write(staging, contents, keep, stack):
   return checkpointer.save_checkpointables_async(
     staging.step, contents, force=True
   )
-
-
-def _finish(future, response, staging, keep, stack):
-  """Commits what Orbax has written; in a thread."""
-  try:
-    with _named_errors(staging.directory, staging.step), stack:
-      try:
-        response.result()
-      except Exception as error:
-        if staging.is_lost:
-          raise lost(staging.directory) from error
-        raise
-      if jax.process_index() == 0:
-        staging.commit(keep)
-    future.set_result(None)
-  except BaseException as error:
-    future.set_exception(error)
-    if jax.process_count() > 1:
-      agreement.sound_alarm(staging.token)
-
-
-@contextlib.contextmanager
-def _named_errors(directory, step):
-  """Says what could not be saved, where the file system refused something."""
-  try:
-    yield
-  except (OSError, ValueError) as error:
-    number = next(iter(system_numbers(error)), getattr(error, 'errno', None))
-    if number is None:
-      raise
-    raise OSError(
-      number,
-      f'step {step} was not saved in {directory}: {os.strerror(number)}. '
-      f'Checkpoints that were there still are.',
-    ) from error
 
 
 def _arrays_and_leaves(state):

@@ -80,13 +80,14 @@ class Staging(NamedTuple):
     )
 
   def commit(self, keep: int) -> None:
-    """Puts the step among the checkpoints, and deletes older ones.
+    """Puts the step among the checkpoints, and takes older ones from them.
 
     Args:
       keep: how many to keep.
 
     Raises:
-      RuntimeError: if another run has taken over.
+      RuntimeError: if another run has taken over, or the step was committed and
+        older ones remain.
     """
     if not layout.is_local(self.directory):
       return
@@ -94,14 +95,28 @@ class Staging(NamedTuple):
       raise lost(self.directory)
     try:
       self.step_path.rename(Path(self.directory, self.step_path.name))
-      for step in self._older()[keep - 1 :]:
-        self._retire(layout.step_name(step))
     except OSError as error:
       if error.errno in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
         raise lost(self.directory) from error
       raise
-    # What readers have open may remain, on a network file system.
-    shutil.rmtree(self.path, ignore_errors=True)
+    try:
+      for step in self._older()[keep - 1 :]:
+        self._retire(layout.step_name(step))
+    except OSError as error:
+      if self.is_lost:
+        raise lost(self.directory) from error
+      raise RuntimeError(
+        f'step {self.step} is saved in {self.directory}, but older ones than '
+        f'the newest {keep} remain: {error.strerror or error}.'
+      ) from error
+
+  def delete(self) -> None:
+    """Deletes what is left of the save, older steps among it.
+
+    What readers have open may remain, on a network file system.
+    """
+    if layout.is_local(self.directory):
+      shutil.rmtree(self.path, ignore_errors=True)
 
   @contextlib.contextmanager
   def removed_after_errors(self) -> Iterator[None]:
@@ -109,8 +124,7 @@ class Staging(NamedTuple):
     try:
       yield
     except BaseException:
-      if layout.is_local(self.directory):
-        shutil.rmtree(self.path, ignore_errors=True)
+      self.delete()
       raise
 
   def _older(self):
@@ -173,8 +187,11 @@ def current(directory: str) -> Run:
   run = _runs.get(directory)
   if run is not None and _is_held(directory, run):
     return run
-  # Without any number there, the directory was removed.
-  if run is not None and _taken(directory):
+  # Where nobody is, the directory was removed, and maybe made anew by Orbax.
+  if run is not None and any(
+    number > run.number or (_path(directory, number) / _OWNER).exists()
+    for number in _taken(directory)
+  ):
     raise lost(directory)
   return take_over(directory)
 

@@ -99,19 +99,22 @@ def from_first(what: str, function: Callable[[], Any]) -> Any:
     Its result, the same for all.
 
   Raises:
-    OSError, RuntimeError: if it did; on all processes.
+    Exception: what it raised; on the other processes as OSError if the system
+      had a number for it, else as RuntimeError.
     MissingProcessError: if another process does not call this in time.
   """
   if jax.process_count() == 1:
     return function()
-  mine = None
+  mine = raised = None
   if jax.process_index() == 0:
     try:
       mine = {'result': function()}
-    except (OSError, RuntimeError) as error:
-      mine = {'refused': told(error)}  # The others would wait for an answer.
+    except Exception as error:  # The others would wait for an answer.
+      mine, raised = {'refused': told(error)}, error
   everyone = range(jax.process_count())
   said = decide(what, mine, lambda said: said[0], everyone)
+  if raised is not None:
+    raise raised
   if 'refused' in said:
     raise heard(*said['refused'])
   return said['result']

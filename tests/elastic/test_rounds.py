@@ -165,6 +165,40 @@ def test_faults(monkeypatch):
   assert counts['given'] == sum(counts.get(name, 0) for name in ended)
 
 
+def test_what_is_lost_with_a_residual():
+  def without_largest(x):
+    return np.where(np.arange(x.size) == np.argmax(np.abs(x)), 0, x)
+
+  with elastic.Coordinator(
+    build_telling,
+    np.ones(5, np.float32),
+    replicas=3,
+    outer=optax.sgd(1.0),
+    every=1,
+    deadline=2.5,
+    compressor=jd.global_top_k(0.2),  # One of five.
+    pool=functools.partial(pools.Here, script={(1, 3): 'die'}),
+  ) as coordinator:
+    reports = list(coordinator.rounds(6))
+    seat = coordinator.seats[1]
+  (died,) = (
+    event
+    for report in reports
+    for event in report.events
+    if event.kind == 'died'
+  )
+  # What it had said last, after three rounds, as the mean would have had it.
+  owed = np.zeros(5)
+  for round in range(3):
+    owed = without_largest(pools.change(1, round) + owed)
+  np.testing.assert_allclose(died.lost, np.linalg.norm(owed) / 3, rtol=1e-5)
+  assert (died.round, died.replica) == (3, 1)
+  # It began anew with nothing held back.
+  (again,) = (r.round for r in reports[4:] if 1 in r.fresh)
+  owed = without_largest(pools.change(1, again))
+  np.testing.assert_allclose(seat.owed, np.linalg.norm(owed), rtol=1e-5)
+
+
 def test_schedules_go_on():
   rate = optax.linear_schedule(1.0, 0.0, 10)
   inject = optax.inject_hyperparams(optax.sgd)(learning_rate=rate)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import record
-from compared import over_bytes, with_error
+from compared import with_error
+from compared_plots import over_bytes
 from page import COLORS, html_table, page, size, svg
 from rich.table import Table
 

@@ -8,7 +8,7 @@ from typing import Any
 import links_found as lf
 import links_goals
 import record
-from compared import COLORS
+from compared_plots import COLORS
 from links_found import Found, Measured
 from page import duration, html_table, over_time, page, size, svg
 from rich.box import SIMPLE_HEAD

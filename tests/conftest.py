@@ -18,3 +18,15 @@ def make_mesh():
     )
 
   return make
+
+
+@pytest.fixture
+def traffic_of(make_mesh):
+  """Traffic of a worker's function of 24 floats (and of the step's number)."""
+  import compiled  # Not before types are to be checked in what it imports.
+
+  def measure(function, *others, mesh=None, **kwargs):
+    mesh = make_mesh() if mesh is None else mesh
+    return compiled.traffic_of_floats(function, mesh, *others, **kwargs)
+
+  return measure

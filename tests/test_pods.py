@@ -11,6 +11,15 @@ import jax.numpy as jnp
 import optax
 import public
 import pytest
+from compiled import (
+  SHAPES,
+  exchange_traffic,
+  loop_and_branch,
+  one_of_each,
+  sharded,
+  table,
+  worker_traffic,
+)
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -30,52 +39,11 @@ def pod():
   return jd.topology_mesh('v5e:2x2', {'dcn': 2, 'ici': 4}, slices=2)
 
 
-def sharded(mesh, shape, spec=BOTH, dtype=jnp.float32):
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-
-def worker_traffic(function, mesh, *shapes, spec=BOTH, others=()):
-  """Traffic of a function of a worker's arrays."""
-  step = jax.shard_map(
-    function,
-    mesh=mesh,
-    in_specs=(*(spec for _ in shapes), *(P() for _ in others)),
-    out_specs=spec,
-    check_vma=False,
-  )
-  workers = [sharded(mesh, (mesh.size * s[0], *s[1:]), spec) for s in shapes]
-  return jd.traffic(jax.jit(step), *workers, *others)
-
-
-def table(traffic):
-  """Link, axis, kind and bytes of each row, in order of the kinds."""
-  return sorted((r.link, r.axis, r.kind, r.bytes_sent) for r in traffic.rows)
-
-
-def several(axis, size):
-  """One of each collective, of as many kilonumbers as its place here."""
-
-  def step(a, b, c, d, e):
-    ring = [(i, (i + 1) % size) for i in range(size)]
-    return (
-      lax.psum(jnp.sin(a), axis),
-      lax.all_gather(jnp.sin(b), axis, axis=1).sum(1),
-      lax.all_to_all(jnp.sin(c), axis, 0, 0, tiled=True),
-      jnp.tile(lax.psum_scatter(jnp.sin(d), axis, tiled=True), (size, 1)),
-      lax.ppermute(jnp.sin(e), axis, ring),
-    )
-
-  return step
-
-
-SHAPES = [(8 * kilo, 128) for kilo in (8, 16, 24, 32, 40)]
-
-
 def test_between_slices(pod):
   # W = 2. All-reduce 2B/2, all-gather B, all-to-all and reduce-scatter B/2,
   # permute B.
   kilobytes = 4 * KILO
-  assert table(worker_traffic(several('dcn', 2), pod, *SHAPES)) == [
+  assert table(worker_traffic(one_of_each('dcn', 2), pod, *SHAPES)) == [
     (SLICES, 'dcn', 'all-gather', 16 * kilobytes),
     (SLICES, 'dcn', 'all-reduce', 8 * kilobytes),
     (SLICES, 'dcn', 'all-to-all', 12 * kilobytes),
@@ -87,7 +55,7 @@ def test_between_slices(pod):
 def test_inside_a_slice(pod):
   # W = 4. 2B 3/4, 3B, B 3/4, B 3/4, B.
   kilobytes = 4 * KILO
-  assert table(worker_traffic(several('ici', 4), pod, *SHAPES)) == [
+  assert table(worker_traffic(one_of_each('ici', 4), pod, *SHAPES)) == [
     (CHIPS, 'ici', 'all-gather', 48 * kilobytes),
     (CHIPS, 'ici', 'all-reduce', 12 * kilobytes),
     (CHIPS, 'ici', 'all-to-all', 18 * kilobytes),
@@ -120,17 +88,7 @@ def test_over_both_levels(pod):
 
 
 def test_scan_and_branch(pod):
-  def step(x, number):
-    def body(carry, _):
-      return carry + lax.all_gather(jnp.sin(carry), 'dcn').sum(0), None
-
-    def branch(x):
-      with jax.named_scope('jaxdist.every.5'):
-        return lax.psum(jnp.sin(x), 'dcn')
-
-    x = lax.scan(body, x, None, length=7)[0]
-    return lax.cond(number % 5 == 0, branch, lambda x: x, x)
-
+  step = loop_and_branch('dcn', 'dcn')
   sent = worker_traffic(step, pod, (64, 128), others=[jnp.int32(0)])
   kilobytes = 8 * 4 * KILO
   gather, reduce = sorted(sent.rows, key=lambda row: row.kind)
@@ -195,26 +153,6 @@ def mesh_of(slices):
   )
 
 
-def exchange_traffic(communicator, params, slices):
-  mesh, spec = mesh_of(slices), P(public.AXIS)
-
-  def exchange(tree):
-    tree = jax.tree.map(lambda x: x[0], tree)
-    state = communicator.init(tree, feedback=True)
-    # The compiler must not know what is in the state.
-    tree, state = lax.optimization_barrier((tree, state))
-    result, sent, state = communicator.exchange(tree, state)
-    return jax.tree.map(lambda x: x[None], (result, sent))
-
-  step = jax.shard_map(
-    exchange, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={public.AXIS}
-  )
-  tree = jax.tree.map(
-    lambda x: sharded(mesh, (slices, *x.shape), spec, x.dtype), params
-  )
-  return jd.traffic(jax.jit(step), tree)
-
-
 # XLA sums what it can in one array of whole tiles, whose padding it doesn't
 # tell from numbers: these get arrays that fill tiles.
 SUMMED = {
@@ -237,7 +175,7 @@ def test_claimed_bytes_are_compiled_bytes(name, slices):
   params = public.params()
   if name in SUMMED:
     params = {'w': jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
-  sent = exchange_traffic(communicator, params, slices)
+  sent = exchange_traffic(communicator, params, mesh_of(slices))
   claimed = communicator.bytes_sent(params, slices)
   if 'delayed' in name:  # Its flag of 4 bytes fills a tile.
     claimed += 512 - 4

@@ -83,6 +83,18 @@ def stopped(directory, moment, by_handle, monkeypatch):
     stop.released.set()
 
 
+def before_writing(action, monkeypatch):
+  """Does something once, when the next save has a place and wrote nothing."""
+  seal = saving.integrity.seal
+
+  def seal_late(arrays):
+    monkeypatch.undo()
+    action()
+    return seal(arrays)
+
+  monkeypatch.setattr(saving.integrity, 'seal', seal_late)
+
+
 TAKEN_OVER = 'another run took over .*: this one saves there no more'
 
 
@@ -114,14 +126,7 @@ def test_who_was_given_up_changes_nothing(
 
 def test_who_makes_its_place_anew_commits_nothing(tmp_path, monkeypatch):
   """Stopped before anything was written, it writes all of it."""
-  seal = saving.integrity.seal
-
-  def seal_late(arrays):
-    monkeypatch.undo()
-    jd.Saver(tmp_path)
-    return seal(arrays)
-
-  monkeypatch.setattr(saving.integrity, 'seal', seal_late)
+  before_writing(lambda: jd.Saver(tmp_path), monkeypatch)
   with pytest.raises(RuntimeError, match=TAKEN_OVER):
     jd.save(tmp_path, 2, state(2))
   assert jd.latest_step(tmp_path) is None
@@ -160,14 +165,7 @@ def test_a_directory_may_be_removed(tmp_path):
 def test_a_directory_may_be_removed_during_a_save(tmp_path, monkeypatch):
   """Orbax makes the place anew; that is nobody's."""
   directory = tmp_path / 'run'
-  seal = saving.integrity.seal
-
-  def seal_late(arrays):
-    monkeypatch.undo()
-    shutil.rmtree(directory)
-    return seal(arrays)
-
-  monkeypatch.setattr(saving.integrity, 'seal', seal_late)
+  before_writing(lambda: shutil.rmtree(directory), monkeypatch)
   with pytest.raises(RuntimeError, match=TAKEN_OVER):
     jd.save(directory, 1, state(1))
   jd.save(directory, 1, state(1))

@@ -3,16 +3,13 @@
 In the comments W is the number of devices in a group. float32 has 4 bytes.
 """
 
-import builtins
-import functools
-import io
 import json
-import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import psum, sharded
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,10 +19,7 @@ import jaxdist as jd
 DATA = P('data')
 BOTH = P(('dcn', 'data'))
 DCN = P('dcn')
-
-
-def sharded(mesh, spec, shape, dtype=jnp.float32):
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+STEP = jnp.int32(0)
 
 
 @pytest.fixture(scope='session')
@@ -33,45 +27,6 @@ def dcn_mesh():
   return jax.make_mesh(
     (2, 4), ('dcn', 'data'), axis_types=(AxisType.Auto, AxisType.Auto)
   )
-
-
-@pytest.fixture
-def traffic_of(make_mesh):
-  """Traffic of a worker's function of 24 floats (and of the step's number)."""
-
-  def measure(function, *others, mesh=None, spec=DATA, **kwargs):
-    mesh = make_mesh() if mesh is None else mesh
-    step = jax.jit(
-      jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=(spec, *(P() for _ in others)),
-        out_specs=spec,
-        check_vma=False,
-      ),
-      **kwargs,
-    )
-    shape = (mesh.size * 24,)
-    return jd.traffic(step, sharded(mesh, spec, shape), *others)
-
-  return measure
-
-
-def psum(x, axis='data'):
-  return lax.psum(jnp.sin(x), axis)
-
-
-def every(k, then, x, step):
-  """What transforms do: a branch says how often it is taken."""
-
-  def branch(x):
-    with jax.named_scope(f'jaxdist.every.{k}'):
-      return then(x)
-
-  return lax.cond(step % k == 0, branch, lambda x: x, x)
-
-
-STEP = jnp.int32(0)
 
 
 def test_psum(traffic_of):
@@ -129,142 +84,6 @@ def test_all_gather_in_scan(traffic_of):
   assert sent.payload_bytes == 672
 
 
-def test_branch_with_scope(traffic_of):
-  sent = traffic_of(functools.partial(every, 5, psum), STEP)
-  (row,) = sent.rows
-  # 168 bytes in one of five steps.
-  assert row.times == 0.2
-  assert sent.bytes_a_step == pytest.approx(33.6)
-  assert not row.in_unknown_branch
-  assert row.source == 'psum'
-
-
-def test_branch_without_scope_is_flagged(traffic_of):
-  def step(x, i):
-    return lax.cond(i % 5 == 0, psum, lambda x: x, x)
-
-  sent = traffic_of(step, STEP)
-  (row,) = sent.rows
-  assert row.in_unknown_branch
-  assert (row.times, sent.bytes_a_step) == (1, 168)
-  assert 'unknown frequency' in str(sent)
-
-
-def test_rotating_branches(traffic_of):
-  def hop(distance, x):
-    with jax.named_scope('jaxdist.every.3'):
-      return lax.ppermute(
-        x, 'data', [(i, (i + distance) % 8) for i in range(8)]
-      )
-
-  def step(x, i):
-    branches = [functools.partial(hop, distance) for distance in (1, 3, 5)]
-    return lax.switch(i % 3, branches, x)
-
-  # Each branch sends 96 bytes in a third of the steps.
-  sent = traffic_of(step, STEP)
-  assert [row.kind for row in sent.rows] == ['collective-permute'] * 3
-  assert [row.times for row in sent.rows] == [1 / 3] * 3
-  assert sent.bytes_a_step == pytest.approx(96)
-  assert sent.by_axis() == {'data': pytest.approx(96)}
-
-
-def test_nested_branches_multiply(traffic_of):
-  def step(x, i):
-    return every(5, lambda x: every(2, psum, x, i + 1), x, i)
-
-  (row,) = traffic_of(step, STEP).rows
-  assert row.times == 0.1
-  assert not row.in_unknown_branch
-
-
-def test_branch_within_a_branch_without_scope_is_flagged(traffic_of):
-  def step(x, i):
-    return lax.cond(i > 3, lambda x: every(5, psum, x, i), lambda x: x, x)
-
-  (row,) = traffic_of(step, STEP).rows
-  assert row.times == 0.2
-  assert row.in_unknown_branch
-
-
-def test_scan_in_branch(traffic_of):
-  def step(x, i):
-    def body(carry, _):
-      return psum(carry), None
-
-    return every(5, lambda x: lax.scan(body, x, None, length=4)[0], x, i)
-
-  # 4 runs in one of five steps.
-  (row,) = traffic_of(step, STEP).rows
-  assert row.times == 0.8
-
-
-def test_branch_in_scan(traffic_of):
-  def step(x, i):
-    def body(carry, number):
-      return every(5, psum, carry, number), None
-
-    return lax.scan(body, x, i + jnp.arange(10))[0]
-
-  (row,) = traffic_of(step, STEP).rows
-  assert row.times == 2
-
-
-def test_branch_that_vmap_takes_always(traffic_of):
-  """A select runs both of its branches, whatever its scope says."""
-
-  def step(x, i):
-    per_row = jax.vmap(lambda row, j: every(5, psum, row, j))
-    return per_row(x.reshape(3, 8), i + jnp.arange(3)).reshape(24)
-
-  sent = traffic_of(step, STEP)
-  assert sent.bytes_a_step == 168
-
-  def within_a_branch(x, i):
-    return every(4, lambda x: step(x, i), x, i)
-
-  assert traffic_of(within_a_branch, STEP).bytes_a_step == 42
-
-
-def test_branch_that_the_compiler_takes_always(traffic_of):
-  def step(x, i):
-    return every(4, lambda x: every(5, psum, x, 0), x, i)
-
-  assert traffic_of(step, STEP).bytes_a_step == 42
-
-
-@pytest.mark.parametrize('remat', [False, True])
-def test_branch_that_is_differentiated(traffic_of, remat):
-  def step(x, i):
-    def loss(x):
-      return jnp.sum(jnp.square(every(5, psum, x, i)))
-
-    return jax.grad(jax.checkpoint(loss) if remat else loss)(x)
-
-  rows = traffic_of(step, STEP).rows
-  assert rows
-  assert all(row.times == 0.2 for row in rows)
-
-
-def test_collective_of_the_partitioner_in_a_branch(make_mesh):
-  """What the partitioner inserts may bear the name of an argument."""
-  mesh = make_mesh()
-
-  @jax.jit
-  def step(x, i):
-    def gather(x):
-      return jnp.sin(
-        lax.with_sharding_constraint(jnp.cos(x), NamedSharding(mesh, P()))
-      )
-
-    return every(5, gather, x, i)
-
-  sent = jd.traffic(step, sharded(mesh, DATA, (16, 4)), STEP)
-  assert sent.rows
-  assert all(row.times == 0.2 for row in sent.rows)
-  assert not any(row.in_unknown_branch for row in sent.rows)
-
-
 def test_axes_of_a_mesh(traffic_of, dcn_mesh):
   def step(x):
     both = psum(x, ('dcn', 'data'))
@@ -303,7 +122,7 @@ def test_manual_over_one_axis(dcn_mesh):
       axis_names={'dcn'},
     )
   )
-  sent = jd.traffic(step, sharded(dcn_mesh, P('dcn', 'data'), (2, 16)))
+  sent = jd.traffic(step, sharded(dcn_mesh, (2, 16), P('dcn', 'data')))
   # A device holds 4 of the 16 floats; 2 * 16 * 1/2.
   assert sent.by_axis() == {'dcn': 16}
 
@@ -324,7 +143,7 @@ def test_nested_shard_map(dcn_mesh):
     step, mesh=dcn_mesh, in_specs=DCN, out_specs=DCN, axis_names={'dcn'},
     check_vma=False,
   )  # fmt: skip
-  sent = jd.traffic(jax.jit(outer), sharded(dcn_mesh, BOTH, (8 * 24,)))
+  sent = jd.traffic(jax.jit(outer), sharded(dcn_mesh, (8 * 24,), BOTH))
   # 96 bytes to 3 others of a slice; 2 * 96 * 1/2 to its like in the other.
   assert sent.by_axis() == {'data': 288, 'dcn': 96}
 
@@ -429,8 +248,8 @@ def test_collective_in_the_condition_of_a_loop(traffic_of):
 
 def test_matrix_product_of_the_partitioner(dcn_mesh):
   """Not our collective: the partitioner's, for a contracted dimension."""
-  left = sharded(dcn_mesh, P(None, 'data'), (32, 64))
-  right = sharded(dcn_mesh, P('data', None), (64, 16))
+  left = sharded(dcn_mesh, (32, 64), P(None, 'data'))
+  right = sharded(dcn_mesh, (64, 16), P('data', None))
   sent = jd.traffic(jax.jit(jnp.matmul), left, right)
   (row,) = sent.rows
   # 32 x 16 floats are 2048 bytes; 2 * 2048 * 3/4.
@@ -494,14 +313,14 @@ def test_keyword_arguments(make_mesh):
     total = jax.shard_map(psum, mesh=mesh, in_specs=DATA, out_specs=P())
     return total(tree['x']) * scale
 
-  x = sharded(mesh, DATA, (16,))
+  x = sharded(mesh, (16,), DATA)
   assert jd.traffic(step, {'x': x}, scale=2.0).bytes_a_step == 14
 
 
 def test_compiled_program(make_mesh):
   mesh = make_mesh()
   step = jax.jit(jax.shard_map(psum, mesh=mesh, in_specs=DATA, out_specs=P()))
-  x = sharded(mesh, DATA, (16,))
+  x = sharded(mesh, (16,), DATA)
   compiled = step.lower(x).compile()
   assert jd.traffic(compiled) == jd.traffic(step, x)
   with pytest.raises(ValueError, match='args and topology must be left out'):
@@ -524,62 +343,3 @@ def test_json_round_trip(traffic_of):
   assert parsed['payload_bytes'] == 96
   assert parsed['rows'][0]['shape'] == [24]
   assert jd.Traffic.from_json(sent.to_json()) == sent
-
-
-def row(**changes):
-  values = {
-    'kind': 'all-reduce',
-    'dtype': 'float32',
-    'shape': (1000, 3),
-    'operand_bytes': 12000,
-    'bytes_sent': 21000.0,
-    'axis': 'data',
-    'link': 'chip links',
-    'group_size': 8,
-    'times': 1.0,
-    'source': 'psum',
-  }
-  return jd.Collective(**{**values, **changes})
-
-
-TABLE = jd.Traffic(
-  (
-    row(start=0.2, end=0.7),
-    row(times=0.2, in_unknown_branch=True),
-    row(start=0.9, end=1.0),
-    row(shape=(), operand_bytes=4, bytes_sent=16 / 3, group_size=3),
-  )
-)
-
-
-def test_text():
-  assert str(TABLE) == textwrap.dedent("""\
-    collective  dtype    shape   axis  link        group   bytes  times  count  bytes a step  overlap  source
-    all-reduce  float32  1000x3  data  chip links      8  21,000      1      2        42,000      30%  psum
-    all-reduce  float32  1000x3  data  chip links      8  21,000   0.2?      1         4,200       0%  psum
-    all-reduce  float32  scalar  data  chip links      3    5.33      1      1          5.33       0%  psum
-    A device sends 46,205.33 bytes a step (chip links: 46,205.33).
-    ? in a branch of unknown frequency, counted as always taken""")  # noqa: E501
-
-
-def test_rich_text():
-  rich = pytest.importorskip('rich.console')
-  console = rich.Console(width=160, record=True, file=io.StringIO())
-  console.print(TABLE)
-  console.print(jd.Traffic(()))
-  text = console.export_text()
-  assert '46,205.33 bytes' in text
-  assert '0.2?' in text
-  assert 'nothing is sent' in text
-
-
-def test_text_without_rich(monkeypatch):
-  real_import = builtins.__import__
-
-  def without_rich(name, *args, **kwargs):
-    if name.split('.')[0] == 'rich':
-      raise ImportError(name)
-    return real_import(name, *args, **kwargs)
-
-  monkeypatch.setattr(builtins, '__import__', without_rich)
-  assert '46,205.33 bytes' in str(TABLE)

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from jaxdist import compat
+from jaxdist.accounting.chips import CHIPS
 
 # Where XLA's compiler for GPUs lies, if it is not installed beside JAX, which
 # would then look for GPUs whenever it starts, and say that there are none.
@@ -17,7 +18,7 @@ _PACKAGES = {'jax-cuda13-pjrt': 'xla_cuda13', 'jax-cuda12-pjrt': 'xla_cuda12'}
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """What XLA's compiler wants to know of a GPU.
+  """What XLA's compiler wants to know of a GPU, beside :data:`CHIPS`.
 
   Attributes:
     kind: its name, as ``device.device_kind`` has it.
@@ -26,7 +27,6 @@ class Gpu:
     clock_ghz: of them, at most.
     fp32_units: a multiprocessor.
     memory_gb: of the device; 1 GB is a thousand million bytes.
-    memory_gb_per_second: from and to it.
     l2_mib: of the second cache.
     shared_kib: memory of a multiprocessor that its threads share.
   """
@@ -37,7 +37,6 @@ class Gpu:
   clock_ghz: float
   fp32_units: int
   memory_gb: float
-  memory_gb_per_second: float
   l2_mib: int
   shared_kib: int
 
@@ -54,7 +53,7 @@ class Gpu:
         fpus_per_core: {self.fp32_units}
         clock_rate_ghz: {self.clock_ghz}
         device_memory_size: {int(self.memory_gb * 1e9)}
-        memory_bandwidth: {int(self.memory_gb_per_second * 1e9)}
+        memory_bandwidth: {int(CHIPS[self.kind].memory_bytes)}
         l2_cache_size: {self.l2_mib * 2**20}
         shared_memory_per_core: {self.shared_kib * 2**10}
         shared_memory_per_block: {48 * 2**10}
@@ -74,14 +73,10 @@ class Gpu:
 # From the maker's data sheets, architecture white papers and CUDA guide:
 # resources.nvidia.com, docs.nvidia.com/cuda. Numbers in the attributes' order.
 GPUS: dict[str, Gpu] = {
-  'a100': Gpu(
-    'NVIDIA A100-SXM4-80GB', (8, 0), 108, 1.41, 64, 80, 2039, 40, 164
-  ),
-  'h100': Gpu(
-    'NVIDIA H100 80GB HBM3', (9, 0), 132, 1.98, 128, 80, 3350, 50, 228
-  ),
-  'h200': Gpu('NVIDIA H200', (9, 0), 132, 1.98, 128, 141, 4800, 50, 228),
-  'b200': Gpu('NVIDIA B200', (10, 0), 148, 1.965, 128, 180, 8000, 126, 228),
+  'a100': Gpu('NVIDIA A100-SXM4-80GB', (8, 0), 108, 1.41, 64, 80, 40, 164),
+  'h100': Gpu('NVIDIA H100 80GB HBM3', (9, 0), 132, 1.98, 128, 80, 50, 228),
+  'h200': Gpu('NVIDIA H200', (9, 0), 132, 1.98, 128, 141, 50, 228),
+  'b200': Gpu('NVIDIA B200', (10, 0), 148, 1.965, 128, 180, 126, 228),
 }
 
 

@@ -101,7 +101,7 @@ def finish(
     with named_errors(staging.directory, staging.step), stack:
       try:
         response.result()
-      except Exception as error:
+      except Exception as error:  # Orbax's, which cannot know of another run.
         if staging.is_lost:
           raise lost(staging.directory) from error
         raise

@@ -212,7 +212,7 @@ def _begin(directory, step, state, metadata, keep, copy):
   future = futures.Future()
   try:
     work = _prepare(staging, arrays, leaves, metadata, keep, copy)
-  except Exception as error:
+  except Exception as error:  # Of several processes, all raise at the end.
     if jax.process_count() == 1:
       raise
     work = ()

@@ -39,6 +39,13 @@ def _gbit(gbits: float, latency: float) -> Link:
   return Link(gbits * 1e9 / 8, latency)
 
 
+def _gpu(nvlink: float, adapter: float) -> dict[str, Link]:
+  return {
+    INSIDE_A_HOST: _gbit(nvlink, 1e-5),
+    BETWEEN_HOSTS: _gbit(adapter, 1e-4),
+  }
+
+
 # By ``device.device_kind`` and the link's name in :class:`jaxdist.Traffic`.
 # Chip links: the published rate of a chip's links together. Between slices: the
 # published data-centre bandwidth of a pod, or of a chip, for each chip; where
@@ -62,20 +69,8 @@ LINKS: dict[str, dict[str, Link]] = {
     BETWEEN_SLICES: _gbit(25600 / 256, 1e-4),
   },
   'TPU7x': {CHIP_LINKS: _gbit(9600 / 2 / 2, 1e-6)},
-  'NVIDIA A100-SXM4-80GB': {
-    INSIDE_A_HOST: _gbit(2400.0, 1e-5),
-    BETWEEN_HOSTS: _gbit(200.0, 1e-4),
-  },
-  'NVIDIA H100 80GB HBM3': {
-    INSIDE_A_HOST: _gbit(3600.0, 1e-5),
-    BETWEEN_HOSTS: _gbit(400.0, 1e-4),
-  },
-  'NVIDIA H200': {
-    INSIDE_A_HOST: _gbit(3600.0, 1e-5),
-    BETWEEN_HOSTS: _gbit(400.0, 1e-4),
-  },
-  'NVIDIA B200': {
-    INSIDE_A_HOST: _gbit(7200.0, 1e-5),
-    BETWEEN_HOSTS: _gbit(400.0, 1e-4),
-  },
+  'NVIDIA A100-SXM4-80GB': _gpu(2400.0, 200.0),
+  'NVIDIA H100 80GB HBM3': _gpu(3600.0, 400.0),
+  'NVIDIA H200': _gpu(3600.0, 400.0),
+  'NVIDIA B200': _gpu(7200.0, 400.0),
 }

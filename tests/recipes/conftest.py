@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -26,3 +27,16 @@ def compile_fast(tmp_path_factory):
   for name, value in before.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope='session')
+def data():
+  """A text that is read in no time."""
+  import text
+
+  words = b'the quick brown fox jumps over the lazy dog, and again: '
+  return text.Text(
+    np.frombuffer(words * 40, np.uint8),
+    np.frombuffer(words * 4, np.uint8),
+    'words',
+  )

@@ -3,10 +3,8 @@
 Models are tiny and untrained; whether a method trains well is not tested here.
 """
 
-import doctest
 import functools
 import json
-import math
 import os
 import re
 import signal
@@ -23,8 +21,6 @@ import numpy as np
 import place
 import pytest
 import record
-import report
-import text
 from rich.console import Console
 
 import jaxdist as jd
@@ -43,17 +39,6 @@ TINY = lm.Config(
   layers=1,
   width=32,
 )
-
-
-@pytest.fixture(scope='module')
-def data():
-  """A text that is read in no time."""
-  words = b'the quick brown fox jumps over the lazy dog, and again: '
-  return text.Text(
-    np.frombuffer(words * 40, np.uint8),
-    np.frombuffer(words * 4, np.uint8),
-    'words',
-  )
 
 
 @pytest.fixture(scope='module')
@@ -444,91 +429,3 @@ def test_out_that_is_a_file_is_refused(run_main, tmp_path):
   (tmp_path / 'file').write_text('')
   said = run_main('--out', tmp_path / 'file', '--workers', 2)
   assert '--out must be a folder to write to' in said
-
-
-# Text.
-
-
-def test_standard_library_is_split_by_file_and_always_alike():
-  files = text.standard_library()
-  assert len(files) > 300
-  assert files == text.standard_library()
-  assert not any('site-packages' in path.parts for path in files)
-  first, second = text.load(None), text.load(None)
-  assert str(first) == str(second)
-  assert len(first.train) > 10 * len(first.validation) > 1_000_000
-
-
-def test_split_is_disjoint_and_complete():
-  files = [bytes([65 + i]) * (i + 1) for i in range(45)]
-  train, validation = (part.split(b'\n') for part in text.split(files))
-  assert not set(train) & set(validation)
-  assert sorted(train + validation) == sorted(files)
-  assert len(validation) == 2
-
-
-def test_few_files_are_cut_at_the_end():
-  assert text.split([b'0123456789']) == (b'012345678', b'9')
-
-
-def test_folder_is_read_sorted_without_hidden_and_binary_files(tmp_path):
-  (tmp_path / '.git').mkdir()
-  (tmp_path / '.git/config').write_text('hidden')
-  (tmp_path / 'sub').mkdir()
-  (tmp_path / 'sub/b.txt').write_text('second')
-  (tmp_path / 'a.txt').write_text('first')
-  (tmp_path / 'image').write_bytes(b'\x89PNG\0')
-  loaded = text.load(tmp_path)
-  joined = loaded.train.tobytes() + loaded.validation.tobytes()
-  assert joined == b'first\nsecond'
-
-
-def test_batches_follow_from_seed_and_step(data):
-  batches = text.training_batches(data, 16, 4, seed=1)
-  assert batches[5].shape == (4, 17)
-  assert batches[5].dtype == np.uint8
-  again = text.training_batches(data, 16, 4, seed=1)
-  np.testing.assert_array_equal(batches[5], again[5])
-  other = text.training_batches(data, 16, 4, seed=2)
-  assert (batches[5] != other[5]).any()
-
-
-def test_windows_predict_each_byte_once(data):
-  windows = text.Windows(data.train, 16)
-  predicted = np.concatenate([windows[i][1:] for i in range(len(windows))])
-  np.testing.assert_array_equal(predicted, data.train[1 : len(predicted) + 1])
-
-
-# The report.
-
-
-def test_report_doctests():
-  assert doctest.testmod(report).failed == 0
-
-
-def test_report_survives_odd_runs(tmp_path):
-  row = jd.Collective(
-    'all-reduce', 'float32', (3,), 12, 12.0, 'data', 'inside a host', 2, 1.0, ''
-  )
-  line = {'step': 1, 'loss': math.nan, 'bytes_sent': 12, 'step_seconds': 1.0}
-  diverged = {'val_loss': math.inf, 'run': 'dense', 'seconds': 2.0}
-  folder = record.Folder(tmp_path)
-  folder.append({**line, **diverged}, sync=False)
-
-  def refuse(constant):
-    raise AssertionError(f'{constant} is no JSON')
-
-  written = folder.metrics.read_text()
-  assert json.loads(written, parse_constant=refuse)['val_loss'] is None
-  (line,) = folder.load_lines('dense')
-  assert math.isnan(line['loss']) and math.isnan(line['val_loss'])
-  odd = [
-    record.Run(
-      name, [{**line, 'run': name, 'bytes_sent': sent}], jd.Traffic(rows)
-    )
-    for name, sent, rows in (('dense', 12, (row,)), ('<silent>', 0, ()))
-  ]
-  report.write(tmp_path / 'page.html', odd, '<title>', {'a': 1})
-  page = (tmp_path / 'page.html').read_text()
-  assert 'sends nothing' in page and '&lt;silent&gt;' in page
-  assert '<silent>' not in page
